@@ -1,0 +1,45 @@
+# Two commands set everything up: `make run` and `make test`. Plain `make` builds .venv. `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(\
+	  f"srsys needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v[0]}.{v[1]}: try  make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q "uv==$$(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements.lock)"
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@test ! -e .git || git config core.hooksPath .githooks
+	@touch $@
+
+.PHONY: help run test lab docs export check lock
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+run: $(READY) ## the app on http://127.0.0.1:7860 and MLflow on http://127.0.0.1:5001, both ended by one Ctrl-C
+	@exec $(BIN)/srsys serve --mlflow-port 5001
+
+test: $(READY) ## every test, with branch coverage of at least 95 %; SLOW=1 adds the slow ones
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(if $(SLOW),--slow)
+
+lab: $(READY) ## the notebooks in JupyterLab
+	@exec $(BIN)/jupyter lab nbs/index.ipynb
+
+docs: $(READY) ## the pages, from the outputs stored in the notebooks, in _docs/index.html
+	$(BIN)/python nbs/_pages/docs.py
+
+export: $(READY) ## package, tests and README from the notebooks
+	$(BIN)/python tests/generate.py
+	$(BIN)/nbdev_export
+	$(BIN)/python nbs/_pages/readme.py
+
+check: export ## what a commit must pass: exported, clean, linted
+	$(BIN)/nbdev_clean
+	@test ! -d scheduled || $(BIN)/nbdev_clean --fname scheduled
+	$(BIN)/ruff check
+	git diff --exit-code
+
+lock: ## the newest versions that fit together, with their hashes
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --all-extras --python-version 3.11 \
+	  $(if $(UPGRADE),--upgrade) --output-file requirements.lock pyproject.toml

@@ -1,0 +1,88 @@
+"""What is generated is what the sources make, and what is packaged is what the package needs."""
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def git(*args):
+    return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True).stdout
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory):
+    "The project's files as they are in the working tree."
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    folder = tmp_path_factory.mktemp("copy")
+    for name in git("ls-files", "-co", "--exclude-standard", "-z").decode().split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def files(folder, *patterns):
+    return {str(path.relative_to(folder)): path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
+
+
+def test_package_tests_and_readme_are_what_the_notebooks_make(copy):
+    kinds = "srsys/*.py", "tests/test_*.py", "README.md", "nbs/*.ipynb", "scheduled/*.ipynb"
+    before = files(copy, *kinds)
+    (copy / "srsys/stale.py").write_text("")
+    (copy / "tests/test_stale.py").write_text("")
+    for command in (["python", "tests/generate.py"], ["nbdev_export"], ["python", "nbs/_pages/readme.py"],
+                    ["nbdev_clean"], ["nbdev_clean", "--fname", "scheduled"]):
+        subprocess.run([BIN / command[0], *command[1:]], cwd=copy, check=True)
+    after = files(copy, *kinds)
+    assert sorted(after) == sorted(before)
+    assert [name for name in after if after[name] != before[name]] == [], "run `make export`, or `make check` for notebooks"
+
+
+def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
+    cell = nbformat.v4.new_code_cell("n = 1", id="parameters", metadata={"tags": ["parameters"], "collapsed": True})
+    page = copy / "scheduled/tagged.ipynb"
+    page.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), page)
+    subprocess.run([BIN / "nbdev_clean", "--fname", "scheduled"], cwd=copy, check=True)
+    kept = nbformat.read(page, 4).cells[0].metadata
+    page.unlink()
+    assert kept == {"tags": ["parameters"]}
+
+
+def test_the_lock_holds_hashes_and_names_no_host():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock and "--index" not in lock and "--find-links" not in lock
+    pinned = {re.match(r"[\w.-]+", entry)[0]: entry for entry in re.split(r"\n(?=\S)", lock)}
+    assert [name for name, entry in pinned.items() if "--hash=sha256:" not in entry] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    assert {re.match(r"[\w.-]+", name)[0] for name in asked} <= set(pinned)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    "A wheel of what is committed, so that nothing which only lies about here gets into it."
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source.tar").write_bytes(git("archive", "HEAD"))
+    shutil.unpack_archive(folder / "source.tar", folder / "source", filter="data")
+    subprocess.run([BIN / "uv", "build", "-q", "--wheel", "--no-build-isolation", "--python", sys.executable,
+                    "--out-dir", folder, folder / "source"], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_its_data(wheel):
+    data = (".py", ".safetensors", ".toml")
+    committed = {name for name in git("ls-tree", "-r", "--name-only", "HEAD", "srsys/").decode().split() if name.endswith(data)}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("srsys/")} == committed
