@@ -1,0 +1,93 @@
+"""_docs/index.html from the outputs stored in the notebooks: nbdev describes what is exported, Sphinx makes the pages.
+
+Both live in nbs/_pages because nbdev passes over what begins with an underscore.
+"""
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbdev.config import get_config
+from nbdev.serve import proc_nbs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def exported(notebook):
+    "The notebook's module and, for each name, the exported cell that defines it."
+    module, cells = None, {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if found := re.match(r"#\s*\|\s*default_exp (\S+)", source):
+            module = found[1]
+        elif re.match(r"#\s*\|\s*export", source):
+            code = re.sub(r"^#\s*\|.*\n", "", source, flags=re.M).strip()
+            cells.update(dict.fromkeys(re.findall(r"^(?:async )?(?:def|class) (\w+)", code, re.M), code))
+    return module, cells
+
+
+def name(cell):
+    found = re.search(r"^show_doc\(([\w.]+)", cell.source, re.M)
+    return found and found[1]
+
+
+def described(cell):
+    "What nbdev says of an exported name, as Markdown."
+    text = "".join(next(out["data"]["text/markdown"] for out in cell.outputs if "text/markdown" in out.get("data", {})))
+    text = re.sub(r"\A---\n|\[source\]\(.*?\)\{.*?\}", "", text)
+    text = re.sub(r"### (\S+)", r"### `\1`", text)
+    return re.sub(r"```python\s+(.*?)\s+```", r"```python\n\1\n```", text, flags=re.S).strip()
+
+
+def converted(cell):
+    "One cell, from what nbdev writes for Quarto to what MyST reads."
+    if cell.cell_type == "raw":
+        front = yaml.safe_load(cell.source.strip().strip("-"))
+        return nbformat.v4.new_markdown_cell(f"# {front['title']}\n\n*{front.get('description', '')}*")
+    if name(cell):
+        return nbformat.v4.new_markdown_cell(described(cell))
+    if re.search(r"^#\s*\|\s*echo:\s*false", cell.source, re.M):
+        cell.metadata.tags = ["remove-input"]
+    cell.source = re.sub(r"^#\s*\|.*\n?|<!-- WARNING.*", "", cell.source, flags=re.M)
+    return cell
+
+
+def prepare(page, sources, homes):
+    "Write a page anew: descriptions in the order of the source, which follows folded, and links that stay in the house."
+    nb, cells = nbformat.read(page, 4), []
+    for code, group in itertools.groupby(nb.cells, key=lambda cell: sources.get(name(cell))):
+        if code:
+            fold = f"<details><summary>Source</summary>\n\n```python\n{code}\n```\n\n</details>"
+            cells.append(nbformat.v4.new_markdown_cell("\n\n".join([described(cell) for cell in group][::-1] + [fold])))
+        else:
+            cells += [converted(cell) for cell in group]
+    host = re.escape(get_config().doc_host + get_config().doc_baseurl)
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"(?m)^(#.*?)\[(`[^`]+`)\]\([^)]*\)", r"\1\2", cell.source)
+            cell.source = re.sub(host + r"(\w+)\.html", lambda link: homes[link[1]], cell.source)
+    if page.stem == "index":
+        cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:glob:\n\n[0-9]*\n```"))
+    nb.cells, nb.metadata = cells, {"kernelspec": nb.metadata.kernelspec, "language_info": {"name": "python"}}
+    nbformat.write(nb, page)
+
+
+def main():
+    proc = proc_nbs(force=True, n_workers=1)
+    made = {path.stem: exported(path) for path in ROOT.glob("nbs/*.ipynb")}
+    homes = {module: f"{stem}.ipynb" for stem, (module, _) in made.items()}
+    for page in proc.glob("*.ipynb"):
+        prepare(page, made[page.stem][1], homes)
+    shutil.rmtree(ROOT / "_docs", ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", proc / ".doctrees",
+                    "-c", Path(__file__).parent, proc, ROOT / "_docs"], check=True)
+    print(f"{ROOT}/_docs/index.html")
+
+
+if __name__ == "__main__":
+    main()
