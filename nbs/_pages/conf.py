@@ -8,6 +8,7 @@ extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath", "linkify"]
+myst_linkify_fuzzy_links = False
 myst_heading_anchors = 3
 
 html_theme = "sphinx_book_theme"

@@ -67,10 +67,15 @@ def prepare(page, sources, homes):
         else:
             cells += [converted(cell) for cell in group]
     host = re.escape(get_config().doc_host + get_config().doc_baseurl)
+
+    def local(link):
+        anchor = link[2].split(".")[0]  # a method stands with its class, a private name on its page
+        return homes[link[1]] + ("" if anchor.startswith("#_") else anchor)
+
     for cell in cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(?m)^(#.*?)\[(`[^`]+`)\]\([^)]*\)", r"\1\2", cell.source)
-            cell.source = re.sub(host + r"(\w+)\.html", lambda link: homes[link[1]], cell.source)
+            cell.source = re.sub(host + r"(\w+)\.html(#[\w.]*|)", local, cell.source)
     if page.stem == "index":
         cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:glob:\n\n[0-9]*\n```"))
     nb.cells, nb.metadata = cells, {"kernelspec": nb.metadata.kernelspec, "language_info": {"name": "python"}}

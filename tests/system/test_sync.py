@@ -59,6 +59,19 @@ def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
     assert kept == {"tags": ["parameters"]}
 
 
+@pytest.mark.timeout(300)
+def test_the_pages_are_whole_and_ask_no_other_host(copy, browser):
+    "Sphinx is strict here: a link that leads nowhere fails."
+    subprocess.run([BIN / "python", "nbs/_pages/docs.py"], cwd=copy, check=True)
+    pages = sorted((copy / "_docs").glob("*.html"))
+    assert {page.stem for page in (copy / "nbs").glob("*.ipynb")} <= {page.stem for page in pages}
+    tab, asked = browser.new_page(), []
+    tab.on("request", lambda request: asked.append(request.url))
+    for page in pages:
+        tab.goto(page.as_uri())
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
 def test_the_lock_holds_hashes_and_names_no_host():
     lock = (ROOT / "requirements.lock").read_text()
     assert "://" not in lock and "--index" not in lock and "--find-links" not in lock
