@@ -30,9 +30,13 @@ def bindings(code, module):
             for alias in node.names:
                 yield alias.asname or alias.name.split(".")[0], (getattr(node, "module", None), ast.unparse(alias))
         else:
-            stored = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-            names = [node.name] if hasattr(node, "name") else stored
+            targets = getattr(node, "targets", [getattr(node, "target", node)])
+            names = [node.name] if hasattr(node, "name") else [t.id for t in targets if isinstance(t, ast.Name)]
             yield from ((name, (f"srsys.{module}", name)) for name in names)
+
+
+def read(code):
+    return {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
 def imports(origins):
@@ -71,8 +75,7 @@ def generate(path):
 
 def render(module, tests, exported, notebook):
     tests = {name: "\n\n".join(pieces) for name, pieces in tests.items()}
-    wanted = {name: {exported[n.id] for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and n.id in exported}
-              for name, code in tests.items()}
+    wanted = {name: {exported[n] for n in read(code) & set(exported)} for name, code in tests.items()}
     shared = wanted.pop("") | {o for origins in wanted.values() for o in origins if o[0] != f"srsys.{module}"}
     if any(name.startswith("@") for name in tests):
         shared.add((None, "pytest"))
