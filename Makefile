@@ -7,7 +7,8 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(\
 	  f"srsys needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v[0]}.{v[1]}: try  make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install -q "uv==$$(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements.lock)"
+	@test -x $(BIN)/uv || { awk '/^[a-z]/ {mine = /^uv==/} mine' requirements.lock >.venv/uv.lock && \
+	  $(BIN)/python -m pip install -q --no-deps --require-hashes -r .venv/uv.lock; }
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@test ! -e .git || git config core.hooksPath .githooks
