@@ -43,9 +43,10 @@ def png_header(width, height):
 
 
 def test_what_can_be_wrong():
-    from srsys.image import FormatError, SizeError
+    from srsys.image import FormatError, SizeError, WriteError
     # 00_image.ipynb #errors-lesson
-    assert issubclass(FormatError, ImageError) and issubclass(SizeError, ImageError) and issubclass(ImageError, ValueError)
+    for error in (FormatError, SizeError, WriteError):
+        assert issubclass(error, ImageError) and issubclass(error, ValueError)
 
 
 def test_a_header_and_a_picture():
