@@ -11,7 +11,7 @@ $(READY): requirements.lock pyproject.toml
 	  $(BIN)/python -m pip install -q --no-deps --require-hashes -r .venv/uv.lock; }
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
-	@test ! -e .git || git config core.hooksPath .githooks
+	@test ! -e .git || git config core.hooksPath .githooks || true
 	@touch $@
 
 .PHONY: help run test lab docs export check lock

@@ -36,12 +36,16 @@ def name(cell):
     return found and found[1]
 
 
-def described(cell):
-    "What nbdev says of an exported name, as Markdown."
+def described(cell, code=""):
+    "What nbdev says of an exported name, as Markdown; a class is called one, and an inherited constructor says nothing."
     text = "".join(next(out["data"]["text/markdown"] for out in cell.outputs if "text/markdown" in out.get("data", {})))
     text = re.sub(r"\A---\n|\[source\]\(.*?\)\{.*?\}", "", text)
     text = re.sub(r"### (\S+)", r"### `\1`", text)
-    return re.sub(r"```python\s+(.*?)\s+```", r"```python\n\1\n```", text, flags=re.S).strip()
+    before, signature, after = re.split(r"```python\s+(.*?)\s+```", text, maxsplit=1, flags=re.S)
+    signature = re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", signature)
+    if line := re.search(rf"^class {name(cell)}\b.*:$", code, re.M):
+        signature = line[0] if "VAR_POSITIONAL" in signature else re.sub(r"\Adef (.*)\)(->None)?:\Z", r"class \1):", signature, flags=re.S)
+    return f"{before.strip()}\n\n```python\n{signature}\n```\n\n{after.strip()}"
 
 
 def converted(cell):
@@ -63,7 +67,7 @@ def prepare(page, sources, homes):
     for code, group in itertools.groupby(nb.cells, key=lambda cell: sources.get(name(cell))):
         if code:
             fold = f"<details><summary>Source</summary>\n\n```python\n{code}\n```\n\n</details>"
-            cells.append(nbformat.v4.new_markdown_cell("\n\n".join([described(cell) for cell in group][::-1] + [fold])))
+            cells.append(nbformat.v4.new_markdown_cell("\n\n".join([described(cell, code) for cell in group][::-1] + [fold])))
         else:
             cells += [converted(cell) for cell in group]
     host = re.escape(get_config().doc_host + get_config().doc_baseurl)
