@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # lessons are small: on a busy machine threads only wait for one another
 os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["MLFLOW_ENABLE_TELEMETRY"] = "false"
 
 

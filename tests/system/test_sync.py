@@ -59,7 +59,6 @@ def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
     assert kept == {"tags": ["parameters"]}
 
 
-@pytest.mark.timeout(300)
 def test_the_pages_are_whole_and_ask_no_other_host(copy, browser):
     "Sphinx is strict here: a link that leads nowhere fails."
     subprocess.run([BIN / "python", "nbs/_pages/docs.py"], cwd=copy, check=True)
