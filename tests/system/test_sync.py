@@ -48,6 +48,11 @@ def test_package_tests_and_readme_are_what_the_notebooks_make(copy):
     assert [name for name in after if after[name] != before[name]] == [], "run `make export`, or `make check` for notebooks"
 
 
+def test_the_code_and_the_lessons_are_free_of_lint(copy):
+    "Above all of F821: a lesson that lives on what another section left behind."
+    subprocess.run([BIN / "ruff", "check"], cwd=copy, check=True)
+
+
 def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
     cell = nbformat.v4.new_code_cell("n = 1", id="parameters", metadata={"tags": ["parameters"], "collapsed": True})
     page = copy / "scheduled/tagged.ipynb"
