@@ -24,8 +24,9 @@ run: $(READY) ## the app on http://127.0.0.1:7860 and MLflow on http://127.0.0.1
 test: $(READY) ## every test, with branch coverage of at least 95 %; SLOW=1 adds the slow ones
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(if $(SLOW),--slow)
 
-lab: $(READY) ## the notebooks in JupyterLab
-	@exec $(BIN)/jupyter lab nbs/index.ipynb
+lab: $(READY) ## the notebooks in JupyterLab, which cleans each as it saves it
+	@exec $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
+	  --FileContentsManager.pre_save_hook=nbdev.clean.clean_jupyter
 
 docs: $(READY) ## the pages, from the outputs stored in the notebooks, in _docs/index.html
 	$(BIN)/python nbs/_pages/docs.py
