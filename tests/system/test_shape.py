@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     7: "cli",
     6: "app jobs batch",
-    5: "serve train",
-    4: "evaluate",
+    5: "serve train view",
+    4: "evaluate engine",
     3: "data restore monitor registry",
     2: "degrade metrics models",
     1: "image fetch",
