@@ -1,4 +1,5 @@
 """What is generated is what the sources make, and what is packaged is what the package needs."""
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import skimage.data
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -103,3 +106,15 @@ def test_the_wheel_holds_the_package_and_its_data(wheel):
     data = (".py", ".safetensors", ".toml")
     committed = {name for name in git("ls-tree", "-r", "--name-only", "HEAD", "srsys/").decode().split() if name.endswith(data)}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("srsys/")} == committed
+
+
+def test_the_wheel_installed_elsewhere_restores_a_picture(wheel, tmp_path):
+    site, small = tmp_path / "site", tmp_path / "small.jpg"
+    subprocess.run([BIN / "uv", "pip", "install", "-q", "--no-deps", "--target", site, "--python", sys.executable, wheel], check=True)
+    Image.fromarray(skimage.data.astronaut()[:48, :64]).save(small)
+    there = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}, "check": True}
+    found = subprocess.run([sys.executable, "-c", "import srsys; print(srsys.__file__)"], capture_output=True, text=True, **there)
+    assert Path(found.stdout.strip()).is_relative_to(site)
+    subprocess.run([sys.executable, site / "bin/srsys", "restore", small, "-o", "out", "--model", "fast", "--scale", "2"], **there)
+    with Image.open(tmp_path / "out/small.png") as restored:
+        assert restored.size == (128, 96)
