@@ -1,0 +1,73 @@
+"""The measure itself: the published LR images and bicubic scores come out as they are printed, and the shipped models keep what is promised of them.
+
+Reads the development images (DESIGN §5), which are no part of the repository; without them the tests are skipped.
+"""
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from srsys.degrade import imresize
+from srsys.evaluate import evaluate
+from srsys.image import Picture, open_picture
+from srsys.models import load, shipped
+from srsys.restore import Restorer
+
+BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "bench"
+pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason=f"needs the development images in {BENCH}")
+SHIPPED = sorted(shipped())
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_imresize_is_matlabs(scale):
+    "Every pixel of the LR images that MATLAB made."
+    published = sorted((BENCH / f"Set5_LR_bicubic/X{scale}").iterdir())
+    assert len(published) == 5
+    for path in published:
+        hr = open_picture(next((BENCH / "Set5").glob(path.name.split("x")[0] + ".*"))).pixels
+        h, w = (n - n % scale for n in hr.shape[:2])
+        assert np.array_equal(imresize(hr[:h, :w], 1/scale), open_picture(path).pixels), path.name
+
+
+@pytest.fixture(scope="module")
+def measured():
+    "Each measurement once, however many tests look at it."
+    seen = {}
+
+    def measure(name, folder, scale, degrade="bicubic"):
+        key = name, folder, scale, degrade
+        if key not in seen:
+            seen[key] = evaluate(load(shipped()[name]), BENCH / folder, scale, degrade, device="cpu")
+        return seen[key]
+    return measure
+
+
+def test_bicubic_is_where_the_literature_has_it(measured):
+    bicubic = measured("fast-x4", "Set5", 4).bicubic
+    assert bicubic.psnr_y == pytest.approx(28.42, abs=.01) and bicubic.ssim_y == pytest.approx(.810, abs=.001)
+
+
+@pytest.mark.parametrize("name, folder, scale, score, least", [
+    ("fast-x4", "Set5", 4, "psnr_y", 31.3),
+    ("fast-x4", "DIV2K_valid_crop256", 4, "psnr_rgb", 26.8),
+    ("fast-x2", "Set5", 2, "psnr_y", 37.0),
+])
+def test_shipped_models_score_what_was_asked(measured, name, folder, scale, score, least):
+    assert getattr(measured(name, folder, scale).mean, score) >= least
+
+
+def test_the_photo_model_undoes_jpeg(measured):
+    report = measured("photo-x4", "Set14", 4, "jpeg50")
+    assert report.mean.psnr_rgb - report.bicubic.psnr_rgb >= .65
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_tiled_equals_whole(name):
+    "At most one level in float32, 48 dB in bfloat16; tiles of an odd size, a picture that they do not divide."
+    picture, model = Picture(open_picture(BENCH / "Set5/butterfly.png").pixels[:211, :187]), load(shipped()[name])
+    whole, tiled, tiled_low, whole_low = (
+        Restorer(model, "cpu", precision, tile).restore(picture).pixels.astype(int)
+        for precision, tile in [("float32", 512), ("float32", 67), ("bfloat16", 67), ("bfloat16", 512)])
+    assert np.abs(whole - tiled).max() <= 1
+    for reference in (whole, whole_low):
+        assert 10*np.log10(255**2/max(np.mean((tiled_low - reference)**2), 1e-9)) >= 48
