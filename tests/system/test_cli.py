@@ -1,0 +1,132 @@
+"""`srsys restore` as a process: what it leaves when it is killed, interrupted or out of room, and what it prints."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from skimage import data
+
+from srsys.image import Header, Picture, RowWriter, open_picture, save_picture
+
+SRSYS = Path(sys.executable).with_name("srsys")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+
+
+def start(*args, **options):
+    return subprocess.Popen([SRSYS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(*args, **options):
+    process = start(*args, **options)
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+def pictures(folder):
+    return sorted(path.name for path in Path(folder).rglob("*") if path.suffix in IMAGES)
+
+
+def ours(errors):
+    "The lines on stderr, without the one that says that there is no registry."
+    return [line for line in errors.splitlines() if "no registry" not in line]
+
+
+@pytest.fixture
+def album(tmp_path):
+    "A small picture, and one that takes a while."
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    save_picture(Picture(data.astronaut()[::4, ::4]), photos / "a small.jpg")
+    with RowWriter(photos / "b large.png", Header(3000, 2000, 3)) as writer:
+        for _ in range(10):
+            writer.write(np.tile(data.astronaut(), (1, 6, 1))[:200, :3000])
+    return photos
+
+
+def when(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)
+
+
+def begun(out):
+    "The first picture is done, so the second is at work."
+    manifest = out / "_srsys" / "manifest.jsonl"
+    return manifest.exists() and manifest.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle_nothing_half_done_is_left_and_it_goes_on(album, tmp_path, with_signal):
+    command = ["restore", album, "-o", tmp_path / "out", "--model", "fast-x2"]
+    process = start(*command, "--tile", "64")
+    when(lambda: begun(tmp_path / "out"))
+    time.sleep(0.3)
+    process.send_signal(with_signal)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if with_signal == signal.SIGKILL else 1)
+    assert pictures(tmp_path / "out") == ["a small.png"] and "Traceback" not in errors
+    if with_signal == signal.SIGINT:
+        assert ours(errors)[-1] == "srsys: interrupted; nothing half-done is left"
+
+    (album / "b large.png").unlink()  # a smaller one in its place, to be done quickly
+    save_picture(Picture(data.astronaut()[::4, ::4]), album / "b large.png")
+    status, output, errors = run(*command, "--json")
+    report = json.loads(output)
+    assert status == 0 and [file["status"] for file in report["files"]] == ["kept", "done"]
+    assert open_picture(tmp_path / "out" / "b large.png").width == 256
+    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(left) == ["a small.png", "b large.png", "lock", "manifest.jsonl", "report.json"]
+
+
+def test_a_full_disk_is_one_line(album, tmp_path):
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    status, output, errors = run("restore", album, "-o", tmp_path / "out", "--model", "fast-x2", preexec_fn=little_room)
+    assert status == 1 and len(ours(errors)) == 1 and "b large.png: cannot be written: File too large" in ours(errors)[0]
+    assert pictures(tmp_path / "out") == ["a small.png"]
+
+
+def test_bad_files_are_a_line_each_and_the_rest_goes_on(tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    save_picture(Picture(data.astronaut()[::4, ::4]), photos / "whole.png")
+    (photos / "half.png").write_bytes((photos / "whole.png").read_bytes()[:9000])
+    (photos / "text.jpg").write_text("Dear Sir or Madam,")
+    (photos / "nothing.webp").touch()
+    (photos / "drawing.tif").write_text("%!PS-Adobe-3.0 EPSF-3.0\n")
+    (photos / "bell\a\x1b[2J.png").write_bytes(b"")
+    # a name that is no UTF-8, as old archives have:
+    Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.jpg")).write_bytes((photos / "whole.png").read_bytes())
+    status, output, errors = run("restore", photos, photos / "missing.png", "-o", out, "--model", "fast-x2")
+    failed = ours(errors)
+    assert status == 1 and len(failed) == 6 and all(line.startswith("failed  ") for line in failed), errors
+    for name in ("half.png", "text.jpg", "nothing.webp", "drawing.tif", "bell��[2J.png", "missing.png"):
+        assert sum(name in line for line in failed) == 1, name
+    assert "\x1b" not in output + errors and output.count("done  ") == 2 and "2 done, 0 kept, 6 failed" in output
+    assert len(pictures(out)) == 2
+
+
+def test_what_cannot_begin_says_so_in_one_line(tmp_path):
+    picture = tmp_path / "picture.png"
+    save_picture(Picture(data.astronaut()[::8, ::8]), picture)
+    (tmp_path / "weights.safetensors").write_bytes(bytes(100))
+    (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'touch /tmp/srsys-was-here'\ntR.")
+    for args in ([tmp_path, "-o", picture], [picture, "-o", tmp_path / "o", "--model", "nosuch"],
+                 [picture, "-o", tmp_path / "o", "--model", tmp_path / "weights.safetensors"],
+                 [picture, "-o", tmp_path / "o", "--model", tmp_path / "code.pth"]):
+        status, output, errors = run("restore", *args)
+        assert status == 1 and len(ours(errors)) == 1 and ours(errors)[0].startswith("srsys: "), errors
+        assert not (tmp_path / "o").exists() and not Path("/tmp/srsys-was-here").exists()
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import sys, srsys.cli; print({'torch', 'mlflow', 'gradio', 'pyvips', 'lightning'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
