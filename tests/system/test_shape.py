@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     7: "cli",
     6: "app jobs batch",
-    5: "serve train view",
+    5: "bench serve train view",
     4: "evaluate engine",
     3: "data restore monitor registry",
     2: "degrade metrics models",
