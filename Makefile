@@ -14,7 +14,7 @@ $(READY): requirements.lock pyproject.toml
 	@test ! -e .git || git config core.hooksPath .githooks || true
 	@touch $@
 
-.PHONY: help run test lab docs export check train lock
+.PHONY: help run test lab docs export check train bench kpi lock
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
@@ -45,6 +45,12 @@ check: export ## what a commit must pass: exported, clean, linted
 train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DATA=pictures/
 	@exec $(BIN)/srsys train $(or $(MODEL),$(error say which: MODEL=photo-x4, photo-x2, fast-x4 or fast-x2)) \
 	  --data $(or $(DATA),$(error say where the training pictures are: DATA=folder))
+
+bench: $(READY) ## seconds and megabytes on this machine, beside PEER=weights of another network
+	@exec $(BIN)/python -m srsys.bench bench $(if $(PEER),--peer $(PEER))
+
+kpi: $(READY) ## each goal with its figure, after `make bench`; BENCHMARKS=folder measures the scores anew
+	@exec $(BIN)/python -m srsys.bench kpi $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS))
 
 lock: ## the newest versions that fit together, with their hashes
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --all-extras --python-version 3.11 \
