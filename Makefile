@@ -47,10 +47,10 @@ train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DAT
 	  --data $(or $(DATA),$(error say where the training pictures are: DATA=folder))
 
 bench: $(READY) ## seconds and megabytes on this machine, beside PEER=weights of another network
-	@exec $(BIN)/python -m srsys.bench bench $(if $(PEER),--peer $(PEER))
+	@exec $(BIN)/python -c "from srsys.bench import main; main()" bench $(if $(PEER),--peer $(PEER))
 
 kpi: $(READY) ## each goal with its figure, after `make bench`; BENCHMARKS=folder measures the scores anew
-	@exec $(BIN)/python -m srsys.bench kpi $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS))
+	@exec $(BIN)/python -c "from srsys.bench import main; main()" kpi $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS))
 
 lock: ## the newest versions that fit together, with their hashes
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --all-extras --python-version 3.11 \
