@@ -220,6 +220,17 @@ class Plan:
     retries: int = 0
 
 
+def _grid(restorer, header): return [spans(n, restorer.tile, restorer.model.overlap, restorer.model.multiple_of) for n in (header.height, header.width)]
+
+
+def _plan(restorer, header, scale):
+    model, (down, across) = restorer.model, _grid(restorer, header)
+    scale, tiles = model.scale if scale is None else scale, len(down)*len(across)
+    longest = max(s.core_stop - s.core_start for s in down + across)
+    return Plan(*result_size(header.width, header.height, scale), scale, model.scale, tiles, longest, str(restorer.device),
+                restorer.precision if header.depth == 8 else "float32", tuple(_notes(model, scale, tiles)))
+
+
 def _notes(model, scale, tiles):
     if scale > model.scale: yield f"enlarged ×{model.scale} by the network, and from there to ×{scale:g} by bicubic interpolation"
     if tiles > 1 and not model.exact: yield "this network looks further than a tile's overlap, so tiles may differ slightly where they meet"
@@ -239,18 +250,9 @@ class Restorer:
         self.tile = tile or max(TILE, 4*model.overlap)
         self.net = copy.deepcopy(model.net).eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
-    def _spans(self, header): return [spans(n, self.tile, self.model.overlap, self.model.multiple_of) for n in (header.height, header.width)]
-
-    def plan(self,
-        header: Header,
-        scale: float | None = None,  # None: the model's
-    ) -> Plan:
-        "What `stream` would do"
-        scale = self.model.scale if scale is None else scale
-        down, across = self._spans(header)
-        tiles, longest = len(down)*len(across), max(s.core_stop - s.core_start for s in down + across)
-        return Plan(*result_size(header.width, header.height, scale), scale, self.model.scale, tiles, longest, str(self.device),
-                    self.precision if header.depth == 8 else "float32", tuple(_notes(self.model, scale, tiles)))
+    def plan(self, header: Header, scale: float | None = None) -> Plan:
+        "What `stream` would do; `scale` None is the model's"
+        return _plan(self, header, scale)
 
     def stream(self,
         header: Header,
@@ -281,7 +283,7 @@ def _tiles(restorer, band, row, across, precision):
 
 
 def _stream(restorer, plan, header, read_rows, write_rows, on_tile):
-    scale, (down, across) = restorer.model.scale, restorer._spans(header)
+    scale, (down, across) = restorer.model.scale, _grid(restorer, header)
     native, wanted = (header.height*scale, header.width*scale), (plan.height, plan.width)
     resizer, done, retries = (RowResizer(native, wanted) if native != wanted else None), 0, 0
     for row, band in zip(down, bands(read_rows, header, down, restorer.model.multiple_of), strict=True):
