@@ -159,7 +159,7 @@ def _restore_one(job: Job, target: str, restorer: Restorer, settings: Settings, 
     return Result(str(job.source), target, "done", "", header.notes + plan.notes + lost, digest, sha256(job.target),
                   plan.width, plan.height, plan.tiles, round(time.perf_counter() - start, 3))
 
-# %% ../nbs/11_batch.ipynb #restore-files
+# %% ../nbs/11_batch.ipynb #results
 def _results(jobs, ours, restorer, settings, max_pixels, watch) -> Iterator[Result]:
     manifest, out = ours / "manifest.jsonl", ours.parent
     before, cut_short = _remembered(manifest), manifest.exists() and not manifest.read_bytes().endswith(b"\n")
@@ -180,7 +180,7 @@ def _results(jobs, ours, restorer, settings, max_pixels, watch) -> Iterator[Resu
             watch.end(result)
             yield result
 
-
+# %% ../nbs/11_batch.ipynb #restore-files
 def restore_files(
     inputs: list[str | Path],  # pictures, and folders of pictures
     out: str | Path,  # the folder for the results

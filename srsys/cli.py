@@ -228,9 +228,9 @@ def serve(
 ) -> None:
     "Serve the page, the API and the metrics until Ctrl-C."
     settings = read_settings()
-    from srsys import app
-    raise typer.Exit(app.serve(settings.home, host, port, metrics_port, settings.tracking_uri, device or settings.device,
-                               precision or settings.precision, mlflow_port))
+    from srsys.app import serve as run
+    raise typer.Exit(run(settings.home, host, port, metrics_port, settings.tracking_uri, device or settings.device,
+                         precision or settings.precision, mlflow_port))
 
 # %% ../nbs/12_cli.ipynb #train
 @main.command()
@@ -303,11 +303,10 @@ def _engine(settings: Settings) -> str:
 
 def _pictures(settings: Settings) -> str:
     import numpy as np
-    import pyvips
 
     from srsys.image import Picture, encode_picture, open_picture
     assert open_picture(encode_picture(Picture(np.zeros((9, 9, 3), np.uint8)))).width == 9
-    return f"libvips {'.'.join(str(pyvips.version(i)) for i in range(3))}"
+    return f"libvips {version('pyvips-binary')}"
 
 
 def _weights(settings: Settings) -> str:

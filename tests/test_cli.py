@@ -139,6 +139,8 @@ def test_on_a_terminal():
                 status, output, errors = srsys("restore", photos, "-o", out)
                 print(errors.strip().splitlines()[-1])
                 assert status == 1 and expected in errors
+        with mock.patch("srsys.batch.restore_files", side_effect=error):  # with SRSYS_DEBUG=1 the error goes all the way up, with its trace
+            assert "by nought" not in srsys("restore", photos, "-o", out, SRSYS_DEBUG="1")[2]
 
 
 def test_evaluate_train_serve():
@@ -155,9 +157,10 @@ def test_evaluate_train_serve():
             assert status == 0 and output.strip().endswith("runs/fast-x4-7")
         assert srsys("train", "huge-x9", "--data", photos)[0] == 2
 
-    with mock.patch("srsys.app.serve", return_value=0) as served:
+    page = mock.Mock(serve=mock.Mock(return_value=0))  # the real one has a notebook of its own
+    with mock.patch.dict("sys.modules", {"srsys.app": page}):
         assert srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0
-        print(served.call_args.args[1:])
+        print(page.serve.call_args.args[1:])
 
 
 def test_models():
