@@ -299,7 +299,7 @@ def _stream(restorer, plan, header, read_rows, write_rows, on_tile):
     short = f"memory was short: tiles were cut smaller {retries} times"
     return replace(plan, retries=retries, notes=plan.notes + (short,)*bool(retries))
 
-
+# %% ../nbs/05_restore.ipynb #whole-picture
 def _restore(restorer, picture, scale, on_tile):
     plan = restorer.plan(picture.header, scale)
     result = np.empty((plan.height, plan.width, picture.bands), picture.pixels.dtype)
