@@ -61,6 +61,18 @@ def converted(cell):
     return cell
 
 
+def folded(cells):
+    "What all lessons share, before the first section, is opened by a click; cells side by side become one."
+    first, kept = next((i for i, cell in enumerate(cells) if cell.source.startswith("## ")), 0), []
+    for cell in cells[:first]:
+        if cell.cell_type == "code" and not cell.outputs:
+            cell.metadata.tags = ["hide-input"]
+            if kept[-1].cell_type == "code":
+                cell.source = kept.pop().source + "\n\n" + cell.source
+        kept.append(cell)
+    return kept + cells[first:]
+
+
 def prepare(page, sources, homes):
     "Write a page anew: descriptions in the order of the source, which follows folded, and links that stay in the house."
     nb, cells = nbformat.read(page, 4), []
@@ -70,6 +82,7 @@ def prepare(page, sources, homes):
             cells.append(nbformat.v4.new_markdown_cell("\n\n".join([described(cell, code) for cell in group][::-1] + [fold])))
         else:
             cells += [converted(cell) for cell in group]
+    cells = folded(cells)
     host = re.escape(get_config().doc_host + get_config().doc_baseurl)
 
     def local(link):
