@@ -161,10 +161,10 @@ def shrink_batch(
 @dataclass(frozen=True)
 class PhotoRecipe:
     "How much damage `photo` does: each (low, high) is drawn uniformly, each share is a probability"
-    blur_share: float = .5
-    blur: tuple[float, float] = (.1, .7)    # σ in LR pixels
-    noise_share: float = .5
-    noise: tuple[float, float] = (1., 8.)   # σ in levels of 255
+    blur_share: float = .4
+    blur: tuple[float, float] = (.1, .6)    # σ in LR pixels
+    noise_share: float = .4
+    noise: tuple[float, float] = (1., 6.)   # σ in levels of 255
     grey_noise_share: float = .4            # of the noisy ones: the same noise in all channels
     jpeg_share: float = .7
     webp_share: float = .15                 # the rest stays uncompressed

@@ -27,7 +27,7 @@ from torch import nn
 from .degrade import PhotoRecipe, bicubic, crop_to_multiple, imresize, photo, photo_batch, shrink_batch
 from .fetch import replacing
 from .metrics import mean_scores, score
-from .models import Card, Compact, load, merge, save, shipped, widen
+from .models import Card, Compact, grow, load, merge, save, shipped, widen
 
 # %% ../nbs/08_train.ipynb #config
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TrainConfig:
     features: int = 48
     convs: int = 10
     unshuffle: int = 1
-    start: str = ""               # weights to go on from: a shipped model's name, or a file; none: from scratch
+    start: str = ""               # weights to go on from, of this network or a smaller one: a shipped model's name, or a file; none: from scratch
     recipe: PhotoRecipe | None = None  # damage of the LR pictures; None: clean bicubic
     steps: int = 10_000
     batch: int = 16
@@ -195,8 +195,8 @@ def new_network(
     "The network a run begins with. Raises `TrainError` if the weights to start from have another shape."
     net = Compact(config.scale, config.features, config.convs, config.unshuffle)
     if not config.start: return widen(net, config.width, fresh=True)
-    try: net.load_state_dict(load(shipped().get(config.start, config.start)).net.state_dict())
-    except RuntimeError as e: raise TrainError(f"{config.start} does not fit {config.name}: {e}") from e
+    try: grow(load(shipped().get(config.start, config.start)).net, net)
+    except ValueError as e: raise TrainError(f"{config.start} does not fit {config.name}: {e}") from e
     return widen(net, config.width)
 
 # %% ../nbs/08_train.ipynb #state
@@ -287,7 +287,7 @@ def _resume(fabric, checkpoint, run, config):
 # %% ../nbs/08_train.ipynb #configs
 def fast_x4() -> TrainConfig: return TrainConfig("fast-x4", scale=4, features=48, convs=10, steps=10_000)
 def fast_x2() -> TrainConfig: return TrainConfig("fast-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1.5e-3, steps=6_000)
-def photo_x4() -> TrainConfig: return TrainConfig("photo-x4", scale=4, features=64, convs=16, batch=8, lr=1.5e-3, recipe=PhotoRecipe(), steps=9_000)
+def photo_x4() -> TrainConfig: return TrainConfig("photo-x4", scale=4, features=64, convs=16, batch=8, lr=6e-4, recipe=PhotoRecipe(), start="fast-x4", steps=6_000)
 def photo_x2() -> TrainConfig: return TrainConfig("photo-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1e-3, recipe=PhotoRecipe(), start="fast-x2", steps=4_000)
 
 CONFIGS = {c.name: c for c in (photo_x4(), photo_x2(), fast_x4(), fast_x2())}

@@ -36,6 +36,19 @@ def test_trained_wide_merged_for_use():
     assert sum(p.numel() for p in wide.parameters()) > 10*sum(p.numel() for p in plain.parameters())
 
 
+def test_a_larger_network_that_begins_as_a_smaller_one():
+    from srsys.models import Compact, grow
+    # 04_models.ipynb #lesson-grow
+    torch.manual_seed(0)
+    seed, picture = Compact(scale=2, features=8, convs=2), torch.rand(1, 3, 8, 8)
+    assert torch.allclose(grow(seed, Compact(scale=2, features=12, convs=2))(picture), seed(picture), atol=1e-6), "more channels: the same picture"
+    deeper = grow(seed, Compact(scale=2, features=12, convs=5))
+    assert (deeper(picture) - seed(picture)).abs().mean() < .1
+    try: grow(deeper, seed)
+    except ValueError as e: print(e)
+    else: raise AssertionError("should have refused")
+
+
 def test_the_card():
     from srsys.models import Card, WeightsError
     # 04_models.ipynb #lesson-card
