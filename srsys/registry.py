@@ -319,7 +319,7 @@ def _registered(store: Store, version: Version, champion: bool = False) -> Resol
         raise RegistryError(f"{version.label} is champion but its gate status is {version.status or 'missing'!r}: not served")
     return Resolved(load_version(store, version), version.label, version)
 
-# %% ../nbs/06_registry.ipynb #resolve
+# %% ../nbs/06_registry.ipynb #resolve-explicit
 def _catalog(name: str, store: Store | None, trust: bool | str) -> Resolved:
     "A downloaded checkpoint of the catalog, if its digest is the catalog's."
     known = {key: entry for file, entry in models.catalog().items() for key in (file, Path(file).stem)}
@@ -346,7 +346,7 @@ def _reference(name: str, store: Store | None) -> Resolved:
         raise RegistryError(f"{name} is not registered")
     return _registered(store, found[0], champion=alias == "champion")
 
-
+# %% ../nbs/06_registry.ipynb #resolve
 def resolve(
     name: str,  # photo, fast-x4, shipped:NAME, catalog:NAME, a path, models:/NAME@alias, models:/NAME/3
     store: Store | None = None,  # None: only packaged files, catalog and paths

@@ -14,6 +14,7 @@ import contextlib
 import io
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import httpx
@@ -40,6 +41,20 @@ def tiny(name, scale):
 
 SHIPPED = {f"{family}-x{scale}": tiny(f"{family}-x{scale}", scale) for family in ("photo", "fast") for scale in (2, 4)}
 PHOTO = data.astronaut()[:96, 160:320].copy()
+
+
+def run(coroutine):
+    "What a coroutine returns; in a thread of its own, because a notebook already runs a loop in this one."
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def until(happened, seconds=30):
+    "Wait for something, but not for ever."
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 def fresh_folder():
@@ -79,8 +94,7 @@ def test_behind_the_page():
         "All steps of one press of the button."
         async def collect():
             return [step async for step in restore_steps(desk, "page-1", token, model, size)]
-        with contextlib.closing(asyncio.new_event_loop()) as loop:
-            return loop.run_until_complete(collect())
+        return run(collect())
 
 
     token = on_shelf(desk, picture_file(np.tile(PHOTO, (1, 8, 1))))
@@ -118,8 +132,8 @@ def test_behind_the_page():
         return said
 
 
-    with mock.patch("srsys.engine.run_ask", held_up), contextlib.closing(asyncio.new_event_loop()) as loop:
-        said = loop.run_until_complete(press_cancel())
+    with mock.patch("srsys.engine.run_ask", held_up):
+        said = run(press_cancel())
     print(said[0], "→", said[-1])
     assert said[-1].startswith("Cancelled")
     cancel(desk, "page-2")  # nothing to cancel: nothing happens
@@ -153,8 +167,7 @@ def test_the_page():
         return [update async for update in functions["pressed"](token, "fast", "4", "", Someone())]
 
 
-    with contextlib.closing(asyncio.new_event_loop()) as loop:
-        said, seen, facts, go, stop = loop.run_until_complete(press())[-1]
+    said, seen, facts, go, stop = run(press())[-1]
     assert "fast-x4" in facts and "640 × 384 pixels" in seen and go["interactive"] and not stop["visible"]
     desk.engine.close()
 
@@ -186,8 +199,7 @@ def test_mlflow_s_own_page_beside():
     assert "--workers" in command and "127.0.0.1:5001,localhost:5001" in command
     log = fresh_folder() / "log"
     kept = start_kept([sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60)"], log)
-    while b"started" not in log.read_bytes():
-        time.sleep(0.02)
+    until(lambda: b"started" in log.read_bytes())
     kept.stdin.close()
     assert kept.wait(10) == 0, "it ended because the pipe closed"
 
@@ -208,22 +220,21 @@ def test_all_of_it_with_one_command():
     with no_registry(), contextlib.redirect_stdout(said):
         thread = threading.Thread(target=serve, kwargs={"home": fresh_folder(), "port": 0, "metrics_port": 0, "device": "cpu", "stop": stop}, daemon=True)
         thread.start()
-        while thread.is_alive() and "Ctrl-C" not in said.getvalue():
-            time.sleep(0.05)
+        until(lambda: "Ctrl-C" in said.getvalue())
         page, metrics = re.findall(r"http://\S+", said.getvalue())
-        while httpx.get(page + "/readyz").status_code != 200:
-            time.sleep(0.05)
+        until(lambda: httpx.get(page + "/readyz").status_code == 200)
         assert httpx.get(page).status_code == 200
         assert "srsys_queue_capacity 16.0" in httpx.get(metrics).text
         stop.set()
-        thread.join()
+        thread.join(30)
     print(re.sub(r":\d+", ":…", said.getvalue()))
 
     # 10_app.ipynb #lesson-serve-fails
     def failed(home=None, **options):
         "Exit status and what was said on stderr."
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-            status = serve(home or fresh_folder(), **{"port": 0, "metrics_port": 0} | options)
+            with ThreadPoolExecutor(1) as thread:
+                status = thread.submit(serve, home or fresh_folder(), **{"port": 0, "metrics_port": 0} | options).result()
         return status, re.sub(r"port \d+", "port …", said.getvalue().splitlines()[-1].replace(lesson_home.name, "…"))
 
 

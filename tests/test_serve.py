@@ -10,6 +10,7 @@ from srsys.engine import Ask, Engine, Table, refusal
 
 # 09_serve.ipynb #lesson-imports
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -51,6 +52,20 @@ def status(do, *args):
     except Exception as error:
         return refusal(error).status, str(error).replace(lesson_home.name, "…")
     raise AssertionError("that should have been refused")
+
+
+def run(coroutine):
+    "What a coroutine returns; in a thread of its own, because a notebook already runs a loop in this one."
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def until(happened, seconds=30):
+    "Wait for something, but not for ever."
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 def work_folder():
@@ -135,8 +150,7 @@ def test_the_service():
     # 09_serve.ipynb #lesson-not-ready
     broken = Engine(mock.Mock(side_effect=registry.RegistryError("the registry does not answer")))
     with TestClient(create_app(broken, work_folder() / "feedback.db"), raise_server_exceptions=False) as client:
-        while not client.app.state.warming.done():
-            time.sleep(0.01)
+        until(client.app.state.warming.done)
         assert client.get("/livez").status_code == 200
         print(client.get("/readyz").json()["detail"])
         answer = client.post("/v1/restore", files=upload)
@@ -144,8 +158,7 @@ def test_the_service():
         assert client.get("/v1/models").json()["models"] == []
     empty = Engine(lambda: Table())
     with TestClient(create_app(empty, work_folder() / "feedback.db"), raise_server_exceptions=False) as client:
-        while not client.app.state.warming.done():
-            time.sleep(0.01)
+        until(client.app.state.warming.done)
         print(client.get("/readyz").json()["detail"])
         with mock.patch.object(Engine, "submit", side_effect=KeyError("/home/me")):
             answer = client.post("/v1/restore", files=upload)
@@ -164,5 +177,7 @@ def test_the_service():
     with mock.patch.object(Table, "choose", lambda *args: gate.wait(10) and chosen):
         job = engine.submit(Ask(picture_file()), work_folder())
         threading.Timer(0.6, gate.set).start()
-        print(status(asyncio.new_event_loop().run_until_complete, wait_for(job, Gone())))
+        code, said = status(run, wait_for(job, Gone()))
+    assert code == 499
+    print(said)
     engine.close()
