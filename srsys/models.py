@@ -23,7 +23,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -232,6 +231,7 @@ def build(
     "The model that these weights belong to. Raises `WeightsError` if none is known, or it does not turn RGB into RGB."
     state = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in state.items()}
     if net := _compact_from(state): return wrap(net, name, sha256, card)
+    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError  # takes two seconds, and shipped weights need none of it
     try: found = ModelLoader().load_from_state_dict(state)
     except (UnsupportedModelError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
         raise WeightsError(f"{name}: no known architecture has these weights ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
