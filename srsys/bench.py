@@ -29,7 +29,7 @@ from skimage import data
 
 from .degrade import imresize
 from .evaluate import evaluate, table
-from .fetch import replacing
+from .fetch import replacing, sha256
 from .image import Picture, RowWriter, encode_picture, open_picture, open_rows
 from .metrics import Report, psnr
 from .models import Model, load, shipped
@@ -118,6 +118,7 @@ def compare(
     "Time contenders in rounds"
     results, times = {}, {name: [] for name in contenders}
     for i in range(rounds + 1):
+        print(f"{task}: round {i} of {rounds}, {', '.join(contenders)}", file=sys.stderr, flush=True)
         for name, run in contenders.items():
             result, stages = run(content)
             if i: times[name].append(stages)
@@ -303,11 +304,18 @@ def main(
         _write(options.out/"bench.json", document)
         return print(bench_table(document))
     kept = options.out/"bench.json"
-    reports = measure(options.benchmarks) if options.benchmarks else []
+    reports = measure(options.benchmarks) if options.benchmarks else _still_true(options.out/"scores.json")
     goals = [*quality_goals(reports), *speed_goals(json.loads(kept.read_text()) if kept.exists() else None)]
-    if reports: _write(options.out/"scores.json", [r.to_dict() for r in reports])
+    if options.benchmarks: _write(options.out/"scores.json", [r.to_dict() for r in reports])
     _write(options.out/"kpi.json", [asdict(g) for g in goals])
     print(*([table(reports), ""] if reports else []), goal_table(goals), sep="\n")
+
+
+def _still_true(path):
+    "The reports kept in a file, without those of weights that are no longer shipped"
+    kept = [Report.from_dict(r) for r in json.loads(path.read_text())] if path.exists() else []
+    digests = {name: sha256(p) for name, p in shipped().items()}
+    return [r for r in kept if digests.get(r.model) == r.weights_sha256]
 
 
 def _write(path, document):

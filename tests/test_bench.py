@@ -108,4 +108,8 @@ def test_two_verbs():
         (Path(folder)/CROPS).mkdir()
         save_picture(Picture(data.astronaut()[:72, 150:222]), Path(folder)/CROPS/"1.png")
         main(["kpi", "--out", str(out), "--benchmarks", folder])
-        assert len(json.loads((out/"scores.json").read_text())) == 4
+        scores = json.loads((out/"scores.json").read_text())
+        assert len(scores) == 4
+        (out/"scores.json").write_text(json.dumps([{**scores[0], "weights_sha256": "of older weights"}, *scores[1:]]))
+        main(["kpi", "--out", str(out)])
+        assert json.loads((out/"kpi.json").read_text())[0]["figure"].startswith("on the crops: ×2"), "figures of older weights are not shown"
