@@ -160,17 +160,24 @@ class Screen:
             line = f"{result.status:6}  {result.source} → {result.target}  {result.width}×{result.height}{took}{notes}"
             self.console.print(plain(line))
 
-# %% ../nbs/12_cli.ipynb #restore
+# %% ../nbs/12_cli.ipynb #restore-options
+def _folder(out: Path) -> Path:
+    from srsys.image import SUFFIXES
+    if out.suffix.lower() in SUFFIXES and not out.exists():
+        raise typer.BadParameter(f"a folder for the results is wanted, and {plain(out)} looks like a picture")
+    return out
+
+
 def _sensible_scale(scale: float | None) -> float | None:
     if scale is not None and not (math.isfinite(scale) and 0 < scale <= 32):
         raise typer.BadParameter("a scale is a number above 0, and at most 32")
     return scale
 
-
+# %% ../nbs/12_cli.ipynb #restore
 @main.command()
 def restore(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures, and folders of pictures.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; its tree mirrors the input's.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN", help="Pictures, and folders of pictures.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=_folder, help="Folder for the results; its tree mirrors the input's.")],
     model: ModelName = "photo",
     scale: Annotated[float | None, typer.Option(callback=_sensible_scale, help="How many times larger; the model's own if not given.")] = None,
     format: Annotated[Literal["png", "jpeg", "webp", "tiff"], typer.Option(help="Of the results.")] = "png",

@@ -111,7 +111,8 @@ def test_restore():
             lines = [line for line in errors.splitlines() if "no registry" not in line]
             assert status == 1 and len(lines) == 1, (args, errors)
             print(status, lines[0].replace(str(photos.parent), "…")[:150])
-        for args in (["restore", photos], ["restore", photos, "-o", out, "--scale", "0"], ["restore", photos, "-o", out, "--format", "bmp"]):
+        for args in (["restore", photos], ["restore", photos, "-o", out, "--scale", "0"], ["restore", photos, "-o", out, "--format", "bmp"],
+                     ["restore", photos / "portrait.jpg", "-o", out / "large.png"]):
             status, output, errors = srsys(*args)
             assert status == 2
             print(status, errors.strip().splitlines()[-1])

@@ -155,17 +155,21 @@ def test_a_whole_picture():
     # 00_image.ipynb #open-lesson
     lying = Image.Exif()
     lying[0x0112] = 6  # the camera was turned a quarter
-    strip = PHOTO[:128]
-    upright = open_picture(encoded(strip, "PNG", exif=lying))
-    assert (upright.width, upright.height) == (128, 512)
-    assert np.array_equal(upright.pixels, np.rot90(strip, -1))
+    stored = np.rot90(PHOTO[:, 120:300])
+    upright = open_picture(encoded(stored, "PNG", exif=lying))
+    assert (upright.width, upright.height) == (180, 512)
+    assert np.array_equal(upright.pixels, PHOTO[:, 120:300])
 
     for turn in range(1, 9):  # all eight ways to hold a camera, against Pillow
         lying[0x0112] = turn
-        file = encoded(strip, "PNG", exif=lying)
+        file = encoded(stored[:60, :90], "PNG", exif=lying)
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
         assert np.array_equal(open_picture(file).pixels, expected), turn
+    sheet = np.full((172, 240, 3), 255, np.uint8)
+    sheet[56:116, :171], sheet[:171, 180:] = stored[::3, ::3], upright.pixels[::3, ::3]
+    Image.fromarray(sheet)  # as it is stored, and as it is opened
 
+    # 00_image.ipynb #open-converted
     print(open_picture(encoded(Image.fromarray(PHOTO).convert("CMYK"), "JPEG")).notes)
     frames = [Image.fromarray(PHOTO[i:i + 64, :64]) for i in range(3)]
     for format in ("GIF", "WEBP", "TIFF", "AVIF", "PNG"):
