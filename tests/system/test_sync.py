@@ -67,6 +67,7 @@ def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
     assert kept == {"tags": ["parameters"]}
 
 
+@pytest.mark.timeout(900)  # half a minute, but on a busy machine the longest of all
 def test_the_pages_are_whole_and_ask_no_other_host(copy, browser):
     "Sphinx is strict here: a link that leads nowhere fails."
     subprocess.run([BIN / "python", "nbs/_pages/docs.py"], cwd=copy, check=True)
