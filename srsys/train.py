@@ -287,7 +287,7 @@ def _resume(fabric, checkpoint, run, config):
 # %% ../nbs/08_train.ipynb #configs
 def fast_x4() -> TrainConfig: return TrainConfig("fast-x4", scale=4, features=48, convs=10, steps=10_000)
 def fast_x2() -> TrainConfig: return TrainConfig("fast-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1.5e-3, steps=6_000)
-def photo_x4() -> TrainConfig: return TrainConfig("photo-x4", scale=4, features=64, convs=16, batch=8, lr=6e-4, recipe=PhotoRecipe(), start="fast-x4", steps=6_000)
-def photo_x2() -> TrainConfig: return TrainConfig("photo-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1e-3, recipe=PhotoRecipe(), start="fast-x2", steps=4_000)
+def photo_x4() -> TrainConfig: return TrainConfig("photo-x4", scale=4, features=64, convs=16, batch=8, lr=6e-4, recipe=PhotoRecipe(), start="fast-x4", steps=4_500)
+def photo_x2() -> TrainConfig: return TrainConfig("photo-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1e-3, recipe=PhotoRecipe(), start="fast-x2", steps=3_000)
 
 CONFIGS = {c.name: c for c in (photo_x4(), photo_x2(), fast_x4(), fast_x2())}
