@@ -16,6 +16,7 @@ import secrets
 import stat
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ MAX_PIXELS = 100_000_000  # the default limit for one picture: 100 megapixels
 
 pyvips.cache_set_max(0)  # results of earlier operations are of no use here, and would keep their files alive
 logging.getLogger("pyvips").addHandler(logging.NullHandler())  # what it would print about odd files, we return as notes or raise
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of broken EXIF, likewise
 
 # %% ../nbs/00_image.ipynb #header
 @dataclass(frozen=True)
@@ -293,16 +295,15 @@ _SPACE = {(1, 8): "b-w", (1, 16): "grey16", (3, 8): "srgb", (3, 16): "rgb16"}
 
 def _prepare(image: pyvips.Image, header: Header, format: str) -> pyvips.Image:
     "An image with its profile and EXIF, changed to what the format can hold."
-    lossy, grey = format in _LONGEST_SIDE, header.colours == 1
     image = image.copy(interpretation=_SPACE[header.colours, header.depth], xres=72 / 25.4, yres=72 / 25.4)
     if format == "jpeg" and header.has_alpha:
         image = image.flatten(background=[2 ** header.depth - 1])
-    if lossy and header.depth == 16:
+    if format in _LONGEST_SIDE and header.depth == 16:
         image = (image / 257).rint().cast("uchar").copy(interpretation=_SPACE[header.colours, 8])
     for key, blob in (("icc-profile-data", header.icc), ("exif-data", header.exif)):
         if blob:
             image.set_type(pyvips.GValue.blob_type, key, blob)
-    if format == "webp" and grey and header.icc:  # WebP is always colour, which a grey profile does not fit
+    if format == "webp" and header.colours == 1 and header.icc:  # WebP is always colour, which a grey profile does not fit
         image = image.icc_transform("srgb", embedded=True)
     return image
 
