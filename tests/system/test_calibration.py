@@ -9,13 +9,11 @@ import pytest
 
 from srsys.degrade import imresize
 from srsys.evaluate import evaluate
-from srsys.image import Picture, open_picture
+from srsys.image import open_picture
 from srsys.models import load, shipped
-from srsys.restore import Restorer
 
 BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "bench"
 pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason=f"needs the development images in {BENCH}")
-SHIPPED = sorted(shipped())
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -59,15 +57,3 @@ def test_shipped_models_score_what_was_asked(measured, name, folder, scale, scor
 def test_the_photo_model_undoes_jpeg(measured):
     report = measured("photo-x4", "Set14", 4, "jpeg50")
     assert report.mean.psnr_rgb - report.bicubic.psnr_rgb >= .65
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_tiled_equals_whole(name):
-    "At most one level in float32, 48 dB in bfloat16; tiles of an odd size, a picture that they do not divide."
-    picture, model = Picture(open_picture(BENCH / "Set5/butterfly.png").pixels[:211, :187]), load(shipped()[name])
-    whole, tiled, tiled_low, whole_low = (
-        Restorer(model, "cpu", precision, tile).restore(picture).pixels.astype(int)
-        for precision, tile in [("float32", 512), ("float32", 67), ("bfloat16", 67), ("bfloat16", 512)])
-    assert np.abs(whole - tiled).max() <= 1
-    for reference in (whole, whole_low):
-        assert 10*np.log10(255**2/max(np.mean((tiled_low - reference)**2), 1e-9)) >= 48
