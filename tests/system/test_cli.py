@@ -14,6 +14,7 @@ from skimage import data
 
 from srsys.image import Header, Picture, RowWriter, open_picture, save_picture
 
+pytestmark = pytest.mark.timeout(300)  # each start reads PyTorch, which takes a while on a busy machine
 SRSYS = Path(sys.executable).with_name("srsys")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
@@ -24,7 +25,7 @@ def start(*args, **options):
 
 def run(*args, **options):
     process = start(*args, **options)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=250)
     return process.returncode, out, err
 
 
@@ -49,7 +50,7 @@ def album(tmp_path):
     return photos
 
 
-def when(condition, seconds=60):
+def when(condition, seconds=120):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not happen"
@@ -69,7 +70,7 @@ def test_killed_in_the_middle_nothing_half_done_is_left_and_it_goes_on(album, tm
     when(lambda: begun(tmp_path / "out"))
     time.sleep(0.3)
     process.send_signal(with_signal)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == (-9 if with_signal == signal.SIGKILL else 1)
     assert pictures(tmp_path / "out") == ["a small.png"] and "Traceback" not in errors
     if with_signal == signal.SIGINT:
