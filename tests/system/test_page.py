@@ -1,0 +1,177 @@
+"""The page in a real browser: drop, restore, compare, take home; cancel; bad files; a telephone; and nothing asked of any other host."""
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+from playwright.sync_api import expect
+from skimage import data
+
+from srsys.image import open_picture
+
+pytestmark = pytest.mark.timeout(400)
+PATIENCE = 90_000  # ms, for a machine that is busy with other things
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture
+def open_page(browser, served):
+    "Opens the page in windows of their own; asserts at the end that nothing was asked of another host and nothing failed."
+    contexts, strange, broken = [], [], []
+
+    def open_one(width=1280, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("request", lambda r: None if r.url.startswith((served.page, "data:", "blob:")) else strange.append(r.url))
+        page.on("pageerror", lambda error: broken.append(str(error)))
+        page.goto(served.page)
+        expect(page.get_by_role("button", name="Restore")).to_be_visible(timeout=PATIENCE)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert not strange and not broken, (strange, broken)
+
+
+def file(pixels, name="holiday.png", kind="PNG", **options):
+    "A file as a person would choose it."
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, kind, **options)
+    return {"name": name, "mimeType": "application/octet-stream", "buffer": content.getvalue()}
+
+
+def choose(page, chosen):
+    page.get_by_label("Choose a picture").set_input_files(chosen)
+
+
+def restore(page):
+    page.get_by_role("button", name="Restore").click()
+    page.get_by_role("link", name="Download the result").wait_for()
+
+
+def take_home(page):
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the result").click()
+    return download.value.suggested_filename, open_picture(download.value.path())
+
+
+def share_of_after(page):
+    "Where the restored picture begins, from 0 to 1 of the width."
+    return page.evaluate("parseFloat(document.querySelector('.after').style.clipPath.split('px)')[0].split(' ').pop()) / document.querySelector('.sheet').clientWidth")
+
+
+def test_a_picture_is_restored_compared_and_taken_home(open_page):
+    page = open_page()
+    choose(page, file(data.astronaut()[:120, 160:320], icc_profile=PROFILE))
+    expect(page.get_by_alt_text("The picture you chose: holiday.png, 160 × 120 pixels")).to_be_visible()
+    restore(page)
+    for alt in ("Before: holiday.png, 160 × 120 pixels", "After: the same picture restored, 640 × 480 pixels"):
+        assert page.get_by_alt_text(alt).evaluate("img => img.complete && img.naturalWidth > 0")
+    facts = page.locator(".facts").inner_text()
+    assert "photo-x4, version 1" in facts and "160×120 → 640×480" in facts and "colour profile" in facts
+    name, picture = take_home(page)
+    assert (name, picture.width, picture.height, picture.depth, picture.icc) == ("holiday-x4.png", 640, 480, 8, PROFILE)
+
+    slider = page.get_by_role("slider")
+    assert share_of_after(page) == pytest.approx(0.5, abs=0.02)
+    slider.focus()
+    page.keyboard.press("End")
+    assert share_of_after(page) == pytest.approx(1, abs=0.02)
+    page.keyboard.press("Home")
+    for _ in range(25):
+        page.keyboard.press("ArrowRight")
+    assert share_of_after(page) == pytest.approx(0.25, abs=0.02)
+    box = page.locator(".sheet").bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 50)
+    page.mouse.up()
+    assert share_of_after(page) == pytest.approx(0.75, abs=0.02)
+
+    page.get_by_role("button", name="Look at 100 %").press("Enter")
+    ratio = page.get_by_alt_text("After:").evaluate("img => img.getBoundingClientRect().width * devicePixelRatio / img.naturalWidth")
+    assert ratio == pytest.approx(1), "one pixel of the result on one of the screen"
+
+
+def test_sixteen_bits_stay_and_a_large_result_is_looked_at_in_its_middle(open_page):
+    page = open_page()
+    deep = np.linspace(0, 65535, 700 * 60).reshape(60, 700).astype(np.uint16)
+    choose(page, file(deep, "scan.tif", "TIFF"))
+    page.get_by_text("To 4K").click()
+    restore(page)
+    expect(page.get_by_text("At 100 % you see the middle")).to_be_visible()
+    name, picture = take_home(page)
+    assert (name, picture.width, picture.height, picture.bands, picture.depth) == ("scan-x5.49.png", 3840, 329, 1, 16)
+    page.get_by_role("button", name="Look at 100 %").click()
+    before, after = (page.locator(f".{which}").evaluate("async img => { await img.decode(); return [img.naturalWidth, img.clientWidth] }") for which in ("before", "after"))
+    assert after[0] < 3840 and before[1] == after[1], "both show the same part at the same size"
+
+
+def test_cancel_ends_it_at_the_next_tile(open_page):
+    page = open_page()
+    choose(page, file(np.tile(data.coffee(), (5, 4, 1)), "large.jpg", "JPEG"))
+    page.get_by_text("×2", exact=True).click()
+    page.get_by_role("button", name="Restore").click()
+    page.get_by_role("progressbar").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_text("Cancelled; nothing was kept.")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Cancel")).to_be_hidden()
+    choose(page, file(data.coffee()[:60, :80]))
+    expect(page.get_by_alt_text("The picture you chose: holiday.png, 80 × 60 pixels")).to_be_visible(timeout=PATIENCE)
+    restore(page)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"Dear Sir or Madam,", "not a picture in an accepted format"),
+    (b"", "the file is empty"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(100), "broken or incomplete"),
+], ids=["text", "empty", "broken"])
+def test_a_bad_file_is_one_plain_line(open_page, content, words):
+    page = open_page()
+    choose(page, {"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": content})
+    said = page.locator(".said")
+    expect(said).to_contain_text(words, timeout=PATIENCE)
+    assert "holiday.jpg" in said.inner_text() and "Traceback" not in page.content()
+    expect(page.get_by_role("button", name="Restore")).to_be_disabled()
+
+
+def test_an_example_says_what_it_is_and_a_picture_can_be_pasted(open_page):
+    page = open_page()
+    page.get_by_role("button", name="A clean small picture").click()
+    expect(page.get_by_alt_text("The picture you chose: coffee.png, 200 × 133 pixels")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("radio", name="A clean small picture")).to_be_checked()
+    page.evaluate("""async () => {
+      const blob = await (await fetch('page/examples/cat.jpg')).blob(), held = new DataTransfer();
+      held.items.add(new File([blob], 'pasted.jpg'));
+      document.dispatchEvent(new ClipboardEvent('paste', { clipboardData: held, bubbles: true }));
+    }""")
+    expect(page.get_by_alt_text("The picture you chose: pasted.jpg, 225 × 150 pixels")).to_be_visible(timeout=PATIENCE)
+
+
+def test_another_champion_can_be_chosen(open_page):
+    page = open_page()
+    choose(page, file(data.coffee()[:60, :80]))
+    page.get_by_role("button", name="Choose a model yourself").click()
+    page.get_by_label("Model").click()
+    page.get_by_role("option", name="fast-x2").click()
+    page.get_by_text("×2", exact=True).click()
+    restore(page)
+    assert "fast-x2, version 1" in page.locator(".facts").inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_telephone(open_page, scheme):
+    page = open_page(390, 844, color_scheme=scheme, has_touch=True, is_mobile=True, device_scale_factor=2)
+
+    def fits():
+        return page.evaluate("document.documentElement.scrollWidth") <= 390
+
+    assert fits()
+    choose(page, file(data.astronaut()[:120, 160:320]))
+    restore(page)
+    assert fits()
+    page.get_by_role("button", name="Look at 100 %").click()
+    assert fits() and page.get_by_role("slider").bounding_box()["width"] > 90
