@@ -330,6 +330,8 @@ def serve(
             failed.append(error)
             stop.set()
             raise
+        if stop.is_set():
+            return table
         _announce(table, claimed.getsockname(), metrics_server.server_port, mlflow_port)
         if mlflow_port:
             kept.append(start_kept(mlflow_command(store, host, mlflow_port), Path(home) / "mlflow.log"))

@@ -2,12 +2,15 @@
 import asyncio
 import gradio as gr
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
+from fastapi import FastAPI
 from pathlib import Path
 from srsys import image, registry, view
-from srsys.engine import Engine, load_table
+from srsys.engine import Ask, Engine, Job, Table, load_table
 
 # 10_app.ipynb #lesson-imports
 import contextlib
@@ -205,7 +208,7 @@ def test_mlflow_s_own_page_beside():
 
 
 def test_all_of_it_with_one_command():
-    from srsys.app import claim_port, serve
+    from srsys.app import Server, _run, claim_port, serve
     # 10_app.ipynb #lesson-serve
     @contextlib.contextmanager
     def no_registry():
@@ -216,17 +219,21 @@ def test_all_of_it_with_one_command():
             yield
 
 
+    with claim_port("127.0.0.1", 0, "") as probe:
+        free = probe.getsockname()[1]
     stop, said = threading.Event(), io.StringIO()
-    with no_registry(), contextlib.redirect_stdout(said):
-        thread = threading.Thread(target=serve, kwargs={"home": fresh_folder(), "port": 0, "metrics_port": 0, "device": "cpu", "stop": stop}, daemon=True)
+    with no_registry(), contextlib.redirect_stdout(said), mock.patch.object(subprocess, "Popen") as child:
+        options = {"home": fresh_folder(), "port": 0, "metrics_port": 0, "mlflow_port": free, "device": "cpu", "stop": stop}
+        thread = threading.Thread(target=serve, kwargs=options, daemon=True)
         thread.start()
         until(lambda: "Ctrl-C" in said.getvalue())
-        page, metrics = re.findall(r"http://\S+", said.getvalue())
+        page, metrics, _ = re.findall(r"http://\S+", said.getvalue())
         until(lambda: httpx.get(page + "/readyz").status_code == 200)
         assert httpx.get(page).status_code == 200
         assert "srsys_queue_capacity 16.0" in httpx.get(metrics).text
         stop.set()
         thread.join(30)
+    assert "mlflow" in child.call_args.args[0] and child.return_value.stdin.close.called, "MLflow's page was started, and ended"
     print(re.sub(r":\d+", ":…", said.getvalue()))
 
     # 10_app.ipynb #lesson-serve-fails
@@ -245,3 +252,20 @@ def test_all_of_it_with_one_command():
         number = taken.getsockname()[1]
         for options in ({"port": number}, {"metrics_port": number}, {"mlflow_port": number}):
             print(*failed(**options))
+
+    # 10_app.ipynb #lesson-serve-end
+    engine, stop = Engine(Table), threading.Event()
+    engine.jobs.append(Job(Ask(Path("cat.png")), fresh_folder()))
+    server = Server(FastAPI(), engine, stop)
+    server.handle_exit(signal.SIGINT, None)
+    assert stop.is_set() and run(server.on_tick(1)) and engine.closing and engine.jobs[0].stop.is_set()
+    interrupted, claimed = mock.Mock(run=mock.Mock(side_effect=KeyboardInterrupt)), claim_port("127.0.0.1", 0, "")
+    _run(interrupted, claimed)
+    assert claimed.fileno() == -1 and interrupted.run.called
+    stop.clear()
+
+    with no_registry(), contextlib.redirect_stdout(io.StringIO()) as said:  # somebody changes their mind while the models are loaded
+        stop.set()
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(serve, fresh_folder(), port=0, metrics_port=0, device="cpu", stop=stop).result() == 0
+    assert "Ctrl-C" not in said.getvalue()
