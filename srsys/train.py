@@ -44,6 +44,7 @@ class TrainConfig:
     batch: int = 16
     patch: int = 48               # side of the LR patches
     lr: float = 2e-3              # peak of a cosine schedule with a short warm-up
+    cycles: int = 1               # how often that schedule is run through within the steps
     ema: float = .999             # how slowly the averaged weights follow
     width: int = 192              # of the products that stand in for kernels while training
     precision: str = "bf16-mixed"
@@ -137,9 +138,10 @@ def lr_at(
     step: int,
     config: TrainConfig,
 ) -> float:
-    "Learning rate: linear warm-up over the first 2 %, then a cosine down to a thousandth"
-    warm, progress = max(1, config.steps//50), step/config.steps
-    return config.lr*min(step/warm, .001 + .999*(1 + math.cos(math.pi*progress))/2)
+    "Learning rate: in each cycle a linear warm-up over the first 2 %, then a cosine down to a thousandth. Source: Loshchilov & Hutter 2017 (SGDR)."
+    cycle = config.steps//config.cycles
+    at = (step - 1) % cycle + 1
+    return config.lr*min(at/max(1, cycle//50), .001 + .999*(1 + math.cos(math.pi*at/cycle))/2)
 
 
 @torch.no_grad()
@@ -286,8 +288,8 @@ def _resume(fabric, checkpoint, run, config):
 
 # %% ../nbs/08_train.ipynb #configs
 def fast_x4() -> TrainConfig: return TrainConfig("fast-x4", scale=4, features=48, convs=10, steps=10_000)
-def fast_x2() -> TrainConfig: return TrainConfig("fast-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1.5e-3, steps=6_000)
+def fast_x2() -> TrainConfig: return TrainConfig("fast-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1.5e-3, steps=12_000, cycles=2)
 def photo_x4() -> TrainConfig: return TrainConfig("photo-x4", scale=4, features=64, convs=16, batch=8, lr=6e-4, recipe=PhotoRecipe(), start="fast-x4", steps=4_500)
-def photo_x2() -> TrainConfig: return TrainConfig("photo-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1e-3, recipe=PhotoRecipe(), start="fast-x2", steps=3_000)
+def photo_x2() -> TrainConfig: return TrainConfig("photo-x2", scale=2, features=64, convs=14, unshuffle=2, patch=64, batch=12, lr=1e-3, recipe=PhotoRecipe(), start="fast-x2", steps=2_000)
 
 CONFIGS = {c.name: c for c in (photo_x4(), photo_x2(), fast_x4(), fast_x2())}
