@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'TILE', 'RestoreError', 'Cancelled', 'result_size', 'fit_scale', 'choose_device', 'choose_precision', 'Span',
-           'spans', 'bands', 'through', 'restore_tile', 'Plan', 'Restorer']
+           'spans', 'bands', 'through', 'restore_tile', 'RowPReLU', 'ready', 'Plan', 'Restorer']
 
 # %% ../nbs/05_restore.ipynb #imports
 import copy
@@ -201,6 +201,27 @@ def _in_halves(net, window_hwc, core, model, precision):
         cuts += n
     return np.concatenate(halves, axis), cuts
 
+# %% ../nbs/05_restore.ipynb #ready
+class RowPReLU(torch.nn.PReLU):
+    "PReLU, the same to the last bit, that takes a channels-last tensor in bfloat16 row by row"
+    def forward(self, x_nchw):
+        n, channels, height, width = x_nchw.shape
+        by_pixel = x_nchw.dtype == torch.bfloat16 and x_nchw.is_contiguous(memory_format=torch.channels_last)
+        if not by_pixel or self.weight.numel() != channels: return super().forward(x_nchw)
+        rows = F.prelu(x_nchw.permute(0, 2, 3, 1).view(n*height, width*channels), self.weight.repeat(width))
+        return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def ready(
+    net: torch.nn.Module,
+    device: torch.device,
+) -> torch.nn.Module:  # a copy
+    "A copy of the network, laid out for fast inference"
+    net = copy.deepcopy(net).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    for module in net.modules():
+        if type(module) is torch.nn.PReLU and device.type == "cpu": module.__class__ = RowPReLU  # same weights, another forward
+    return net
+
 # %% ../nbs/05_restore.ipynb #plan
 TILE = 512
 
@@ -248,7 +269,7 @@ class Restorer:
         self.model, self.device = model, choose_device(device)
         self.precision = choose_precision(self.device, precision)
         self.tile = tile or max(TILE, 4*model.overlap)
-        self.net = copy.deepcopy(model.net).eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.net = ready(model.net, self.device)
 
     def plan(self, header: Header, scale: float | None = None) -> Plan:
         "What `stream` would do; `scale` None is the model's"

@@ -166,6 +166,18 @@ def test_one_tile_and_what_can_go_wrong_with_it():
         print(refusal(whole_tile, failing(fail), PHOTO[:50, :50]))
 
 
+def test_a_network_made_ready():
+    from srsys.restore import RowPReLU, ready
+    # 05_restore.ipynb #lesson-ready
+    prelu = nn.Sequential(nn.PReLU(5))
+    prelu[0].weight.data = torch.linspace(-.5, .5, 5)
+    fast = ready(prelu.bfloat16(), torch.device("cpu"))
+    x = torch.randn(2, 5, 7, 9, dtype=torch.bfloat16)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(prelu(given), fast(given))
+    assert type(prelu[0]) is nn.PReLU and type(fast[0]) is RowPReLU, "the model's own network stays as it was"
+
+
 def test_the_restorer():
     from srsys.restore import Cancelled
     # 05_restore.ipynb #lesson-restorer
