@@ -330,17 +330,16 @@ def serve(
             failed.append(error)
             stop.set()
             raise
-        if stop.is_set():
-            return table
-        _announce(table, claimed.getsockname(), metrics_server.server_port, mlflow_port)
-        if mlflow_port:
+        if not stop.is_set():
+            _announce(table, claimed.getsockname(), metrics_server.server_port, mlflow_port)
+        if mlflow_port and not stop.is_set():
             kept.append(start_kept(mlflow_command(store, host, mlflow_port), Path(home) / "mlflow.log"))
         return table
 
     print("srsys is starting …", flush=True)
     with tempfile.TemporaryDirectory(prefix="srsys-") as folder:
-        engine = Engine(load, metrics=engine_metrics)
-        _run(Server(create_app(engine, Path(home), Path(folder)), engine, stop), claimed)
+        app = create_app(engine := Engine(load, metrics=engine_metrics), Path(home), Path(folder))
+        _run(Server(app, engine, stop), claimed)
     return _end(kept, metrics_server, failed)
 
 # %% ../nbs/10_app.ipynb #serve-parts

@@ -128,7 +128,7 @@ class Result:
     seconds: dict[str, float]  # by stage: queue, decode, infer, encode
     notes: tuple[str, ...] = ()
 
-
+# %% ../nbs/09_engine.ipynb #job
 @dataclass
 class Job:
     "An ask on its way. `progress` is (tiles done, tiles)."
@@ -178,11 +178,9 @@ def run_ask(
     ask, spent, clock = job.ask, {"decode": 0.0, "infer": 0.0, "encode": 0.0}, time.perf_counter
 
     def timed(stage: str, do: Callable, *args):
-        start = clock()
-        try:
-            return do(*args)
-        finally:
-            spent[stage] += clock() - start
+        start, done = clock(), do(*args)
+        spent[stage] += clock() - start
+        return done
 
     begin = clock()
     with image.open_rows(ask.source, ask.name, limits.pixels_in) as reader:

@@ -55,7 +55,7 @@ async def read_form(
     except (HTTPException, MultiPartException, ValueError) as error:
         raise Refused(422, "bad_form", f"expected a multipart form with a file: {getattr(error, 'detail', error)}") from error
 
-
+# %% ../nbs/09_serve.ipynb #read-ask
 def read_ask(
     form,  # FormData: file, and optionally scale, model, format, quality
     folder: Path,  # where the file is kept while it is worked on
