@@ -132,9 +132,15 @@ def card_markdown(
     "The card as a person reads it: a table of facts and a table of scores."
     facts = {"architecture": card.architecture, "scale": f"×{card.scale}", "made for": card.degradation, "training data": card.data,
              "terms": card.terms, "steps": card.steps, "git revision": card.git_revision[:12]}
-    lines = [f"# {card.name}", "", card.notes or "", "", "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]
-    if scores := flat_scores(card.scores):
-        lines += ["", "| measured | |", "| --- | --- |", *(f"| {key} | {value:.4g} |" for key, value in scores.items())]
+    lines = [f"# {card.name}", "", "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]
+    table = {}
+    for key, value in flat_scores(card.scores).items():
+        table.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = f"{value:.4g}"
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    if columns:
+        lines += ["", f"| measured | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
+        lines += [f"| {name} | {' | '.join(row.get(column, '') for column in columns)} |" for name, row in table.items()]
+    lines += ["", card.notes] * bool(card.notes)
     return "\n".join(lines) + "\n"
 
 
