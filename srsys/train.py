@@ -44,7 +44,7 @@ class TrainConfig:
     batch: int = 16
     patch: int = 48               # side of the LR patches
     lr: float = 2e-3              # peak of a cosine schedule with a short warm-up
-    cycles: int = 1               # how often that schedule is run through within the steps
+    cycles: int = 1               # how often that schedule is run through within the steps, each time from a third of the last peak
     ema: float = .999             # how slowly the averaged weights follow
     width: int = 192              # of the products that stand in for kernels while training
     precision: str = "bf16-mixed"
@@ -140,8 +140,8 @@ def lr_at(
 ) -> float:
     "Learning rate: in each cycle a linear warm-up over the first 2 %, then a cosine down to a thousandth. Source: Loshchilov & Hutter 2017 (SGDR)."
     cycle = config.steps//config.cycles
-    at = (step - 1) % cycle + 1
-    return config.lr*min(at/max(1, cycle//50), .001 + .999*(1 + math.cos(math.pi*at/cycle))/2)
+    at, peak = (step - 1) % cycle + 1, config.lr/3**((step - 1)//cycle)
+    return peak*min(at/max(1, cycle//50), .001 + .999*(1 + math.cos(math.pi*at/cycle))/2)
 
 
 @torch.no_grad()
