@@ -17,7 +17,7 @@ SRSYS = Path(sys.executable).with_name("srsys")
 class Served:
     "A running `srsys serve`: its addresses, by what they are called on the screen, and its end."
 
-    def __init__(self, home, *options, within=150):
+    def __init__(self, home, *options, within=240):
         self.process = subprocess.Popen(
             [SRSYS, "serve", "--port", "0", "--metrics-port", "0", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "2"})

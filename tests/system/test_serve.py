@@ -21,7 +21,7 @@ from skimage import data
 from srsys.image import open_picture
 from srsys.registry import Store, list_versions
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 def png(pixels):
@@ -130,7 +130,7 @@ def free_port():
 def test_killed_and_started_again_it_still_has_its_registry(serve, tmp_path):
     "Killed without a word, it leaves no child; started again it has the same versions; Ctrl-C ends both pages."
     first = serve(tmp_path, "--mlflow-port", free_port())
-    eventually(lambda: not is_free(first.mlflow), 90)
+    eventually(lambda: not is_free(first.mlflow), 200)
     before = list_versions(Store(tmp_path))
     assert [v.label for v in before] == [f"srsys-{name}/1" for name in ("fast-x2", "fast-x4", "photo-x2", "photo-x4")]
     assert all(v.aliases == ("champion",) and v.status == "bootstrap" for v in before)
@@ -140,7 +140,7 @@ def test_killed_and_started_again_it_still_has_its_registry(serve, tmp_path):
 
     second = serve(tmp_path, "--mlflow-port", urlsplit(first.mlflow).port)
     assert send(second, png(SMALL)).headers["x-model-version"] == "srsys-photo-x4/1"
-    eventually(lambda: not is_free(second.mlflow), 90)
+    eventually(lambda: not is_free(second.mlflow), 200)
     listed = httpx.get(second.mlflow + "/ajax-api/2.0/mlflow/registered-models/search").json()["registered_models"]
     assert {model["name"]: model["aliases"][0]["alias"] for model in listed}["srsys-photo-x4"] == "champion"
     assert second.end() == 0
