@@ -7,6 +7,7 @@ copyright, author, release = get_config().copyright, get_config().author, get_co
 extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
+nb_render_markdown_format = "myst"  # tables among the outputs
 nb_code_prompt_show, nb_code_prompt_hide = "What the lessons share", "What the lessons share"
 myst_enable_extensions = ["dollarmath", "linkify"]
 myst_linkify_fuzzy_links = False
