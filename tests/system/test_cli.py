@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,9 @@ def begun(out):
 @pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle_nothing_half_done_is_left_and_it_goes_on(album, tmp_path, with_signal):
     command = ["restore", album, "-o", tmp_path / "out", "--model", "fast-x2"]
-    process = start(*command, "--tile", "64")
+    # a shell's background jobs ignore Ctrl-C, and hand that on to what they start, this process perhaps among them
+    heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = start(*command, "--tile", "64", preexec_fn=heeds)
     when(lambda: begun(tmp_path / "out"))
     time.sleep(0.3)
     process.send_signal(with_signal)
