@@ -108,6 +108,7 @@ def main():
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", proc / ".doctrees",
                     "-c", Path(__file__).parent, proc, ROOT / "_docs"], check=True)
+    shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)  # myst-nb's copies of the outputs, beside the pages
     print(f"{ROOT}/_docs/index.html")
 
 
