@@ -16,7 +16,7 @@ import numpy as np
 
 from . import degrade as damage
 from .image import FormatError, Picture, open_picture
-from .metrics import Report, Scores, mean_scores, score
+from .metrics import Report, Scores, digest_of, mean_scores, score
 from .models import Model
 from .restore import Restorer
 
@@ -80,13 +80,8 @@ def evaluate(
         except ValueError as e: raise EvaluateError(f"{Path(folder)/name}: {e}") from e
         on_image(i + 1, len(found))
     mean, bicubic = (mean_scores([image[row] for image in images]) for row in ("model", "bicubic"))
-    return Report(model.name, model.sha256, Path(folder).resolve().name, _digest_of(found), scale, degrade, scale, restorer.precision, len(images),
+    return Report(model.name, model.sha256, Path(folder).resolve().name, digest_of(digest for _, digest, _ in found), scale, degrade, scale, restorer.precision, len(images),
                   mean, bicubic, [{k: asdict(v) if isinstance(v, Scores) else v for k, v in image.items()} for image in images])
-
-
-def _digest_of(found):
-    "One digest for a set of pictures, whatever they are called"
-    return sha256("".join(sorted(digest for _, digest, _ in found)).encode()).hexdigest()
 
 # %% ../nbs/07_evaluate.ipynb #table
 def table(

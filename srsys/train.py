@@ -8,7 +8,6 @@ __all__ = ['SUFFIXES', 'CONFIGS', 'TrainConfig', 'TrainError', 'split', 'data_di
            'fast_x4', 'fast_x2', 'photo_x4', 'photo_x2']
 
 # %% ../nbs/08_train.ipynb #imports
-import hashlib
 import json
 import math
 import subprocess
@@ -25,8 +24,8 @@ from PIL import Image
 from torch import nn
 
 from .degrade import PhotoRecipe, bicubic, crop_to_multiple, imresize, photo, photo_batch, shrink_batch
-from .fetch import replacing
-from .metrics import mean_scores, score
+from .fetch import replacing, sha256
+from .metrics import digest_of, mean_scores, score
 from .models import Card, Compact, grow, load, merge, save, shipped, widen
 
 # %% ../nbs/08_train.ipynb #config
@@ -78,8 +77,8 @@ def split(
 def data_digest(
     files: list[Path],
 ) -> str:  # SHA-256 over the files' digests
-    "One digest for a set of pictures, whatever they are called"
-    return hashlib.sha256("".join(sorted(hashlib.sha256(p.read_bytes()).hexdigest() for p in files)).encode()).hexdigest()
+    "One digest for the pictures in these files"
+    return digest_of(map(sha256, files))
 
 # %% ../nbs/08_train.ipynb #load-pictures
 def read_rgb(

@@ -44,7 +44,10 @@ def test_ssim():
 
 
 def test_the_report():
-    from srsys.metrics import Report, mean_scores, score
+    from srsys.metrics import Report, digest_of, mean_scores, score
+    # 03_metrics.ipynb #lesson-digest-of
+    assert digest_of(["a", "b"]) == digest_of(["b", "a"]) != digest_of(["a"])
+
     # 03_metrics.ipynb #lesson-report
     each = [score(p, cat, shave=2) for p in (noisy, off_by_one)]
     mean = mean_scores(each)
