@@ -23,7 +23,8 @@ from lightning.fabric import Fabric
 from PIL import Image
 from torch import nn
 
-from .degrade import PhotoRecipe, bicubic, crop_to_multiple, imresize, photo, photo_batch, shrink_batch
+from .chains import PhotoRecipe, photo
+from .degrade import bicubic, crop_to_multiple, imresize, shrink_batch
 from .fetch import replacing, sha256
 from .metrics import digest_of, mean_scores, score
 from .models import Card, Compact, grow, load, merge, save, shipped, widen
@@ -126,7 +127,7 @@ def pairs(
     margin = 16 if config.recipe else 0
     hr = draw(pictures, (p + margin)*s, config.batch, rng)
     if config.recipe:
-        lr = photo_batch(hr, s, rng, config.recipe).float()
+        lr = config.recipe.damage(hr, s, rng).float()
         y, x = rng.integers(margin + 1, size=2)
         lr, hr = lr[..., y:y + p, x:x + p], hr[..., y*s:(y + p)*s, x*s:(x + p)*s]
     else: lr = shrink_batch(hr.float(), s, torch.zeros(len(hr))).round().clamp(0, 255)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 
-from . import degrade, image
+from . import chains, degrade, image
 from .engine import Job, Refused, Result, refusal
 
 # %% ../nbs/09_view.ipynb #shelf
@@ -128,7 +128,7 @@ def make_examples(
     "Three small pictures to try: two damaged photographs and a clean small one. The same on every machine."
     folder.mkdir(parents=True, exist_ok=True)
     portrait = degrade.bicubic(skimage.data.astronaut()[:400, 40:440], 2)
-    cat = degrade.photo(skimage.data.chelsea(), 2, seed=3)
+    cat = chains.photo(skimage.data.chelsea(), 2, seed=3)
     made = {"portrait.jpg": (portrait, 22), "cat.jpg": (cat, 60), "coffee.png": (degrade.bicubic(skimage.data.coffee(), 3), 95)}
     for name, (pixels, quality) in made.items():
         image.save_picture(image.Picture(pixels), folder / name, quality=quality)

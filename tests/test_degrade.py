@@ -80,20 +80,19 @@ def test_blur_and_shrink_as_one_matrix():
     exact = imresize(patch, 1/4)
     assert np.abs(lr[0].permute(1, 2, 0).numpy() - exact).max() < 1.01, "without blur it is imresize, but for the rounding"
     assert lr[1].std() < lr[0].std(), "the second patch is blurred"
+    assert torch.allclose(shrink_batch(batch[1:], 4, torch.tensor([4.])), lr[1:], atol=1e-3), "a patch alone fares as it does in a batch"
 
 
-def test_damaged_photographs_photo():
-    from srsys.degrade import PhotoRecipe, bicubic, photo
-    # 02_degrade.ipynb #lesson-photo
-    pictures = [photo(cat, 2, seed) for seed in range(4)]
-    assert np.array_equal(pictures[1], photo(cat, 2, seed=1)), "the seed decides everything"
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert pictures[0].shape == (148, 224, 3)
-    show_row([p[30:94, 60:156] for p in pictures], [f"seed {s}" for s in range(4)])
-
-    # 02_degrade.ipynb #lesson-photo-clean
-    untouched = PhotoRecipe(blur_share=0, noise_share=0, jpeg_share=0, webp_share=0)
-    difference = np.abs(photo(cat, 4, recipe=untouched).astype(int) - bicubic(cat, 4))
-    assert difference.max() <= 1, "one level at most: patches are rounded once, not twice"
-    always_webp = PhotoRecipe(jpeg_share=0, webp_share=1)
-    assert photo(cat, 4, recipe=always_webp).shape == (74, 112, 3)
+def test_noise_and_grain():
+    from srsys.degrade import generator_on, noise_batch
+    # 02_degrade.ipynb #lesson-noise
+    kinds = {"white": (0, 0), "grey": (1, 0), "grain": (0, 1.), "grey grain": (1, 1.)}
+    grey, grain = (torch.tensor(column) for column in zip(*kinds.values(), strict=True))
+    noise = noise_batch((4, 3, 96, 128), generator_on("cpu", np.random.default_rng(0)), grey.bool(), grain.float())
+    assert torch.allclose(noise.std((1, 2, 3)), torch.ones(4), atol=.1), "as strong as any other, however coarse"
+    assert torch.equal(noise[1, 0], noise[1, 2]) and not torch.equal(noise[0, 0], noise[0, 2])
+    neighbours = (noise[..., 1:]*noise[..., :-1]).mean((1, 2, 3))
+    assert neighbours[:2].abs().max() < .05 and neighbours[2:].min() > .6, "in grain, neighbours err together"
+    grey_field = torch.full((4, 3, 96, 128), 128.)
+    shown = (grey_field + 20*noise).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    show_row(list(shown), list(kinds))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pathlib import Path
-from srsys.degrade import PhotoRecipe
+from srsys.chains import PhotoRecipe
 from srsys.models import Card, Compact, merge, save, widen
 from torch import nn
 
