@@ -49,8 +49,8 @@ train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DAT
 bench: $(READY) ## seconds and megabytes on this machine, beside PEER=weights of another network
 	@exec $(BIN)/python -c "from srsys.bench import main; main()" bench $(if $(PEER),--peer $(PEER))
 
-kpi: $(READY) ## each goal with its figure, after `make bench`; BENCHMARKS=folder measures the scores anew
-	@exec $(BIN)/python -c "from srsys.bench import main; main()" kpi $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS))
+kpi: $(READY) ## each goal with its figure, after `make bench` and `make tables`
+	@exec $(BIN)/python -c "from srsys.bench import main; main()" kpi
 
 lock: ## the newest versions that fit together, with their hashes
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --all-extras --python-version 3.11 \

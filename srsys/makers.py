@@ -52,6 +52,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="A folder of originals.")],
     scale: Annotated[int, typer.Option(min=1)],
     degrade: Annotated[str, typer.Option(help="What is done to the originals: bicubic, jpegQ (Q from 1 to 100), or photo.")] = "bicubic",
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="Average over eight views of each picture.")] = False,
     precision: Precision = "float32", device: Device = None, trust: Trust = None, as_json: AsJson = False,
 ) -> None:
     "Measure a model on a folder of originals."
@@ -62,7 +63,7 @@ def evaluate(
     with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
         task = bar.add_task(plain(data.name), total=None)
         report = judge.evaluate(resolved.model, data, scale, degrade, precision, device or settings.device,
-                                lambda done, total: bar.update(task, completed=done, total=total))
+                                lambda done, total: bar.update(task, completed=done, total=total), ensemble)
     typer.echo(json.dumps({**report.to_dict(), "model": resolved.label}) if as_json else judge.table([report]))
 
 # %% ../nbs/13_makers.ipynb #models

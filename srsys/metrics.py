@@ -106,6 +106,7 @@ class Report:
     mean: Scores
     bicubic: Scores
     images: list[dict]
+    ensemble: bool = False  # the mean over eight views of each picture
 
     def to_dict(self) -> dict:
         "The document that `srsys evaluate --json` prints"

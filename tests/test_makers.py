@@ -50,7 +50,7 @@ def test_evaluate():
         status, output, errors = srsys("evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--json")
         report = json.loads(output)
         assert status == 0 and report["n"] == 2 and report["precision"] == "float32" and report["model"] == "fast-x4/shipped"
-        print(srsys("evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4)[1])
+        print(srsys("evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--ensemble")[1])
         status, output, errors = srsys("evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--degrade", "rain")
         print(errors.splitlines()[-1].replace(str(photos.parent), "…"))
         assert status == 1
