@@ -2,9 +2,13 @@
 import io
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 # 02_degrade.ipynb #lesson-imports
+from unittest.mock import patch
+
+import matplotlib.pyplot as plt
 from IPython.display import Image as Picture, display
 from skimage import data
 
@@ -61,14 +65,27 @@ def test_clean_pairs_bicubic():
 
 
 def test_what_a_codec_leaves_behind():
-    from srsys.degrade import jpeg, webp
+    from srsys.degrade import CodecError, avif, jpeg, webp
     # 02_degrade.ipynb #lesson-codecs
     eye = cat[60:156, 120:248]
-    damaged = [jpeg(eye, 75), jpeg(eye, 30), webp(eye, 30)]
-    assert all(d.shape == eye.shape for d in damaged)
+    damaged = [jpeg(eye, 75), jpeg(eye, 30), webp(eye, 30), avif(eye, 30)]
+    assert all(d.shape == eye.shape and d.dtype == np.uint8 for d in damaged)
     loss = [np.abs(d.astype(int) - eye).mean() for d in damaged]
     assert loss[0] < loss[1], "lower quality, larger loss"
-    show_row([eye, *damaged], ["original", "JPEG 75", "JPEG 30", "WebP 30"])
+    show_row([eye, *damaged], ["original", "JPEG 75", "JPEG 30", "WebP 30", "AVIF 30"])
+
+    # 02_degrade.ipynb #lesson-codecs-colour
+    field = np.full((32, 32, 3), 128, np.uint8)
+    field[:, 16] = 200, 66, 128  # about as bright as its neighbours, and of another colour
+    fidelity = {s: int(jpeg(field, 95, s)[8:24, 16, 0].mean()) for s in ("4:4:4", "4:2:0")}
+    print(fidelity)
+    assert fidelity["4:4:4"] > 190 and fidelity["4:2:0"] < 180, "half the colour is gone"
+    assert np.array_equal(jpeg(field, 95), jpeg(field, 95, "4:2:0"))
+    with patch.dict(Image.SAVE):
+        del Image.SAVE["AVIF"]
+        try: avif(eye, 30)
+        except CodecError as e: print(str(e).replace(Image.__version__, "…"))
+        else: raise AssertionError("should have refused")
 
 
 def test_blur_and_shrink_as_one_matrix():
@@ -81,6 +98,61 @@ def test_blur_and_shrink_as_one_matrix():
     assert np.abs(lr[0].permute(1, 2, 0).numpy() - exact).max() < 1.01, "without blur it is imresize, but for the rounding"
     assert lr[1].std() < lr[0].std(), "the second patch is blurred"
     assert torch.allclose(shrink_batch(batch[1:], 4, torch.tensor([4.])), lr[1:], atol=1e-3), "a patch alone fares as it does in a batch"
+
+
+def test_blur_of_any_shape():
+    from srsys.degrade import blur_kernels, filter_batch
+    # 02_degrade.ipynb #lesson-kernels
+    names = ["σ 2", "σ 3 and 1, 30°", "β 0.6", "β 4", "plateau, β 2"]
+    sigmas, angles = torch.tensor([[2., 2], [3, 1], [2, 2], [2, 2], [3, 3]]), torch.tensor([0, torch.pi/6, 0, 0, 0])
+    kernels = blur_kernels(21, sigmas, angles, torch.tensor([1, 1, .6, 4, 2]), torch.tensor([0, 0, 0, 0, 1]) > 0)
+    assert torch.allclose(kernels.sum((1, 2)), torch.ones(5)), "a grey field stays the same grey"
+    at = torch.arange(21) - 10.
+    spread = (kernels*at**2).sum((1, 2)).sqrt()
+    assert abs(spread[0] - 2) < .01, "as wide as asked"
+    assert abs(spread[1]**2 - (9*.75 + 1*.25)) < .05, "3 along 30° and 1 across: seen from the x axis, √7"
+    eye = cat[60:156, 120:248]
+    batch = torch.tensor(eye).permute(2, 0, 1)[None].repeat(5, 1, 1, 1).float()
+    blurred = filter_batch(batch, kernels)
+    assert torch.allclose(filter_batch(batch[1:2], kernels[1:2]), blurred[1:2], atol=1e-3), "alone as in a batch"
+    assert torch.allclose(filter_batch(torch.full((5, 3, 9, 7), 77.), kernels), torch.tensor(77.)), "also where the picture is smaller than the kernel"
+    assert blur_kernels(21, sigmas[:1], angles[:1], sizes=torch.tensor([7]))[0].count_nonzero() == 49
+    pictures = [np.uint8(255*k/k.max()) for k in kernels.numpy()]
+    show_row([np.stack([np.pad(p, 4)]*3, -1) for p in pictures], names)
+    show_row(list(blurred.round().byte().permute(0, 2, 3, 1).numpy()), names)
+
+
+def test_ringing():
+    from srsys.degrade import blur_kernels, filter_batch, sinc_kernels
+    # 02_degrade.ipynb #lesson-sinc
+    cutoffs = torch.pi/torch.tensor([1., 2, 3])
+    kernels = sinc_kernels(21, cutoffs)
+    edge = torch.cat([torch.full((3, 1, 40, 32), 60.), torch.full((3, 1, 40, 32), 180.)], -1)
+    ringing = filter_batch(edge, kernels)
+    assert (ringing[1:].amax((1, 2, 3)) > 185).all() and (ringing[1:].amin((1, 2, 3)) < 55).all(), "beyond what it was on both sides"
+    gaussian = filter_batch(edge, blur_kernels(21, torch.full((3, 2), 2.), torch.zeros(3)))
+    assert gaussian.max() <= 180.01 and gaussian.min() >= 59.99, "a Gaussian never does"
+    _, axes = plt.subplots(1, 3, figsize=(8, 1.6), dpi=60, sharey=True)
+    for ax, line, cutoff in zip(axes, ringing[:, 0, 20], ("π", "π/2", "π/3"), strict=True):
+        ax.plot(edge[0, 0, 20], color="lightgrey")
+        ax.plot(line)
+        ax.set_title(f"cutoff {cutoff}", fontsize=9)
+    plt.show()
+    eye = torch.tensor(cat[60:156, 120:248]).permute(2, 0, 1)[None].repeat(3, 1, 1, 1).float()
+    show_row(list(filter_batch(eye, kernels).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()), ["cutoff π", "cutoff π/2", "cutoff π/3"])
+
+
+def test_other_ways_of_scaling():
+    from srsys.degrade import RESIZES, resize_batch
+    # 02_degrade.ipynb #lesson-resize
+    picture = torch.tensor(cat[40:168, 120:280]).permute(2, 0, 1)[None].float()
+    chains = {way: resize_batch(resize_batch(picture, (37, 45), way), (128, 160), way) for way in RESIZES}
+    assert all(x.shape == picture.shape and abs(float((x - picture).mean())) < 1 for x in chains.values())
+    assert torch.equal(resize_batch(picture, (64, 80), "area"), F.avg_pool2d(picture, 2)), "an area is an average"
+    show_row([x[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy() for x in chains.values()], [f"{way}, down to 45×37 and up" for way in chains])
+    try: resize_batch(picture, (64, 80), "lanczos")
+    except ValueError as e: print(e)
+    else: raise AssertionError("should have refused")
 
 
 def test_noise_and_grain():
@@ -96,3 +168,38 @@ def test_noise_and_grain():
     grey_field = torch.full((4, 3, 96, 128), 128.)
     shown = (grey_field + 20*noise).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     show_row(list(shown), list(kinds))
+
+
+def test_noise_of_light():
+    from srsys.degrade import generator_on, poisson_batch
+    # 02_degrade.ipynb #lesson-poisson
+    ramp = torch.linspace(0, 255, 256).expand(2, 3, 96, 256)
+    noise = poisson_batch(ramp, torch.tensor([1., 1.]), generator_on("cpu", np.random.default_rng(0)), torch.tensor([False, True]))
+    brightness, variance = ramp[0, 0, 0].view(16, 16).mean(1), noise[0].permute(2, 0, 1).reshape(16, -1).var(1)
+    assert abs(np.polyfit(brightness, variance, 1)[0] - 1) < .1, "the variance follows the mean: 256 photons are 255 levels"
+    assert abs(noise.mean()) < .2 and torch.equal(noise[1, 0], noise[1, 2])
+    plt.figure(figsize=(3, 1.8), dpi=60)
+    plt.plot(brightness, variance, "o")
+    plt.xlabel("brightness")
+    plt.ylabel("variance")
+    plt.show()
+    show_row(list((ramp + noise).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()), ["photons, colour", "grey"])
+
+
+def test_dust_scratches_and_the_printer_s_dots():
+    from srsys.degrade import blur_kernels, filter_batch, generator_on, halftone, noise_batch, specks
+    # 02_degrade.ipynb #lesson-age
+    generator = generator_on("cpu", np.random.default_rng(3))
+    shares = torch.tensor([.002, .02, 0.])
+    dust = specks(noise_batch((3, 1, 96, 128), generator, grain=torch.full((3,), 1.)), shares)
+    assert torch.allclose(dust.mean((1, 2, 3)), shares, atol=.008), "as much of the area as asked"
+    lines = blur_kernels(41, torch.tensor([[12., .5]]), torch.tensor([1.4]))
+    scratched = specks(filter_batch(torch.randn((1, 1, 96, 128), generator=generator), lines/lines.norm()), torch.tensor([.01]))
+    eye = torch.tensor(cat[60:156, 120:248]).permute(2, 0, 1)[None].float()
+    dots = [halftone(eye, torch.tensor([period]), torch.deg2rad(torch.tensor([a]))) for period, a in ((6., [45., 45, 45]), (4., [15., 75, 0]))]
+    shown = [eye*(1 - dust[1:2]) + 235*dust[1:2], eye*(1 - scratched) + 235*scratched, halftone(eye.mean(1, keepdim=True).expand(eye.shape), torch.tensor([6.]), torch.full((1, 3), .8)), *dots]
+    show_row([x[0].round().byte().permute(1, 2, 0).numpy() for x in shown], ["dust", "scratches", "newspaper", "screens of 6", "and 4 pixels, in three inks"])
+    greys = torch.tensor([30., 90, 128, 200])[:, None, None, None].expand(4, 1, 120, 120)
+    printed = halftone(greys, torch.full((4,), 6.), torch.full((4, 1), .8))
+    assert torch.allclose(printed.mean((1, 2, 3)), greys[:, 0, 0, 0], atol=3), "from afar, the same grey"
+    assert (((printed < 5) | (printed > 250)).float().mean((1, 2, 3)) > .5).all()
