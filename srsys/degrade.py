@@ -210,7 +210,7 @@ def blur_kernels(
     gauss = torch.exp(-r/2)
     return _unit_sum(gauss if plateau is None else torch.where(plateau[:, None, None], 1/(1 + r), gauss), sizes)
 
-
+# %% ../nbs/02_degrade.ipynb #filter-batch
 def filter_batch(
     x_nchw: torch.Tensor,   # (batch, channels, height, width) float
     kernels: torch.Tensor,  # (batch, size, size), size odd

@@ -177,6 +177,8 @@ def test_noise_of_light():
     noise = poisson_batch(ramp, torch.tensor([1., 1.]), generator_on("cpu", np.random.default_rng(0)), torch.tensor([False, True]))
     brightness, variance = ramp[0, 0, 0].view(16, 16).mean(1), noise[0].permute(2, 0, 1).reshape(16, -1).var(1)
     assert abs(np.polyfit(brightness, variance, 1)[0] - 1) < .1, "the variance follows the mean: 256 photons are 255 levels"
+    alone = poisson_batch(ramp[:1], torch.tensor([.5]), generator_on("cpu", np.random.default_rng(0)))
+    assert torch.allclose(alone, noise[:1]/2), "a strength of a half, and half the noise"
     assert abs(noise.mean()) < .2 and torch.equal(noise[1, 0], noise[1, 2])
     plt.figure(figsize=(3, 1.8), dpi=60)
     plt.plot(brightness, variance, "o")
