@@ -68,8 +68,18 @@ def test_a_model():
     assert wrap(Compact(scale=2, unshuffle=2), "blocks").multiple_of == 2
 
 
+def test_what_is_around_the_weights():
+    from srsys.models import Compact, readings
+    # 04_models.ipynb #readings-lesson
+    small = Compact(scale=2, features=8, convs=2).state_dict()
+    lightning = {"epoch": 3, "state_dict": {f"net_g.module.{k}": v for k, v in small.items()} | {"net_d.weight": torch.zeros(3)}}
+    for wrapped in (small, {"params": {}, "params_ema": small}, {"model": {"state_dict": small}, "optimizer": {"lr": 1}}, lightning):
+        assert any(set(reading) == set(small) for reading in readings(wrapped))
+    assert [len(reading) for reading in readings({"step": 7})] == [0]
+
+
 def test_loading_and_what_is_refused():
-    from srsys.models import Card, Compact, WeightsError, build, load, save, widen
+    from srsys.models import Card, Compact, WeightsError, build, load, recognise, save, widen
     # 04_models.ipynb #lesson-load
     torch.manual_seed(0)
     small = Compact(scale=2, features=8, convs=2)
@@ -89,21 +99,33 @@ def test_loading_and_what_is_refused():
         pickled = Path(folder)/"RealESRGAN_like.pth"
         torch.save({"params_ema": {f"module.{k}": v for k, v in small.state_dict().items()}}, pickled)
         try: load(pickled)
-        except WeightsError as e: print(e)
+        except WeightsError as e: print(str(e).replace(folder, "…"))
         else: raise AssertionError("an unknown pickle should be refused")
+        deep = Compact(scale=2, features=24, convs=11, unshuffle=2)  # safetensors sorts its names, and body.10 comes before body.2
+        save(deep, Card("deep-x2", "compact", 2), Path(folder)/"deep.safetensors")
+        assert load(Path(folder)/"deep.safetensors").scale == 2
         loaded = load(pickled, trust=sha256(pickled))
         assert torch.equal(loaded.net(picture), small(picture))
         assert torch.equal(load(pickled, trust=True).net(picture), small(picture))
 
     # 04_models.ipynb #lesson-spandrel
     swinir = SwinIR(img_size=16, embed_dim=12, depths=[2], num_heads=[2], window_size=8, upscale=2, upsampler="pixelshuffledirect")
-    model = build(swinir.state_dict(), "small swinir")
+    model = build({"params": swinir.state_dict()}, "small swinir")
     assert (model.scale, model.multiple_of, model.exact, model.architecture) == (2, 16, False, "swinir")
-    assert model.net(torch.zeros(1, 3, 16, 16)).shape == (1, 3, 32, 32)
+    picture = torch.rand(1, 3, 16, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model.net, Card("small-swinir-x2", "swinir", 2), Path(folder)/"small.safetensors")
+        again = load(Path(folder)/"small.safetensors")
+    assert again.card.name == "small-swinir-x2" and torch.equal(again.net(picture), model.net(picture))
+    seven = SwinIR(img_size=14, embed_dim=12, depths=[2], num_heads=[2], window_size=7, upsampler="", upscale=1)
+    assert build(seven.state_dict()).multiple_of == 21  # of the windows, and no less than the least size
+    assert build(seven.state_dict()).macs > 0
+
     theirs = SRVGGNetCompact(num_in_ch=3, num_out_ch=3, num_feat=8, num_conv=2, upscale=2)
     ours = build(theirs.state_dict(), "an SRVGG")
     patch = torch.rand(1, 3, 8, 8)
     assert ours.architecture == "compact" and torch.allclose(ours.net(patch), theirs(patch), atol=1e-6)
+    assert list(recognise({"state_dict": {f"model.{k}": v for k, v in theirs.state_dict().items()}})[1]) == list(theirs.state_dict())
 
     # 04_models.ipynb #lesson-refused
     class Code:
@@ -119,17 +141,22 @@ def test_loading_and_what_is_refused():
         safetensors.torch.save_file({"body.0.weight": torch.zeros(3)}, Path(folder)/"odd.safetensors")
         grey = SRVGGNetCompact(num_in_ch=1, num_out_ch=1, num_feat=8, num_conv=2, upscale=2).state_dict()
         safetensors.torch.save_file(grey, Path(folder)/"grey.safetensors")
-        for name in ["missing.pth", *bad, "odd.safetensors", "grey.safetensors", "whole.pth"]:
+        misfit = SwinIR(img_size=16, embed_dim=12, depths=[2], num_heads=[2], window_size=8, upscale=2, upsampler="").state_dict()
+        safetensors.torch.save_file(misfit | {"norm.weight": torch.zeros(5)}, Path(folder)/"misfit.safetensors")
+        for name in ["missing.pth", *bad, "odd.safetensors", "grey.safetensors", "misfit.safetensors", "whole.pth"]:
             try: load(Path(folder)/name, trust=True)
             except WeightsError as e: print(str(e).replace(folder + "/", "")[:150])
             else: raise AssertionError(f"{name} should have been refused")
 
 
 def test_what_comes_in_the_package():
-    from srsys.models import catalog, load, shipped
+    from srsys.models import WeightsError, catalog, catalogued, load, shipped
     # 04_models.ipynb #lesson-shipped
     for name, path in shipped().items():
         model = load(path)
         assert model.card.name == name and model.card.scale == model.scale and path.stat().st_size < 3e6
         print(f"{name:9} ×{model.scale} {model.parameters:>8,} parameters {model.macs:>8,} MACs per LR pixel")
-    assert len(catalog()) > 20 and catalog()["RealESRGAN_x4plus.pth"]["scale"] == 4
+    assert len(catalog()) > 20 and catalogued("RealESRGAN_x4plus")["scale"] == 4 and catalogued("swinir-m-x2")["scale"] == 2
+    try: catalogued("GIGAGAN")
+    except WeightsError as e: print(e)
+    else: raise AssertionError("there is none")
