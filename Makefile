@@ -14,7 +14,7 @@ $(READY): requirements.lock pyproject.toml
 	@test ! -e .git || git config core.hooksPath .githooks || true
 	@touch $@
 
-.PHONY: help run test lab docs export check train bench kpi lock
+.PHONY: help run test lab docs export check train bench tables kpi lock
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
@@ -48,6 +48,14 @@ train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DAT
 
 bench: $(READY) ## seconds and megabytes on this machine, beside PEER=weights of another network
 	@exec $(BIN)/python -c "from srsys.bench import main; main()" bench $(if $(PEER),--peer $(PEER))
+
+tables: $(READY) ## every model on every benchmark, and the pages that show it: BENCHMARKS=folder [MODELS="file catalog:name"] [TRUST="sha256"]
+	$(BIN)/srsys tables --benchmarks $(or $(BENCHMARKS),$(error say where Set5, Set14 and the others lie: BENCHMARKS=folder)) \
+	  $(MODELS:%=--model %) $(TRUST:%=--trust %) --crops nbs/images/tables.jpg
+	$(BIN)/python -c "from srsys.bench import main; main()" kpi
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/08_tables.ipynb nbs/index.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/_pages/readme.py
 
 kpi: $(READY) ## each goal with its figure, after `make bench` and `make tables`
 	@exec $(BIN)/python -c "from srsys.bench import main; main()" kpi

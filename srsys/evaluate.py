@@ -39,7 +39,7 @@ def rgb8(picture: Picture) -> np.ndarray:  # (height, width, 3) uint8
     "A picture as benchmarks want it"
     colours = picture.pixels[..., :picture.header.colours]
     if picture.depth == 16: colours = ((colours.astype(np.uint32) + 128)//257).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(colours, (*colours.shape[:2], 3)))
+    return np.array(np.broadcast_to(colours, (*colours.shape[:2], 3)))
 
 
 def originals(

@@ -4,6 +4,7 @@ from pathlib import Path
 from srsys.makers import commands
 
 # 13_makers.ipynb #lesson-imports
+import shlex
 import tempfile
 from contextlib import contextmanager
 from unittest import mock
@@ -53,6 +54,34 @@ def test_evaluate():
         print(srsys("evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--ensemble")[1])
         status, output, errors = srsys("evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--degrade", "rain")
         print(errors.splitlines()[-1].replace(str(photos.parent), "…"))
+        assert status == 1
+
+
+def test_tables():
+    # 13_makers.ipynb #tables-lesson
+    from srsys import tables as board
+    from srsys.models import shipped
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench, out = Path(folder, "bench"), Path(folder, "measured", "scores.json")
+        (bench / "Set5").mkdir(parents=True)
+        save_picture(Picture(data.astronaut()[20:116, 130:226].copy()), bench / "Set5" / "1.png")
+        with mock.patch.object(board, "shipped", lambda: {"fast-x4": shipped()["fast-x4"]}), mock.patch.object(board, "peak_memory", return_value=(900, 1.)):
+            status, output, errors = srsys("tables", "--benchmarks", bench, "--out", out, "--model", shipped()["photo-x2"], "--crops", Path(folder, "crops.jpg"))
+        assert status == 0 and Path(folder, "crops.jpg").read_bytes()[:2] == b"\xff\xd8"
+        print(output)
+
+        # any row again, by the command that stands in it
+        cells = json.loads(out.read_text())["cells"]
+        assert len(cells) == 15
+        for name, cell in cells.items():
+            if "×2" in name or "jpeg50" in name or "ensemble" in name or "bfloat16" in name:
+                args = [arg.replace("bench/", f"{bench}/").replace("photo-x2.safetensors", str(shipped()["photo-x2"])) for arg in shlex.split(cell["command"])[1:]]
+                again = json.loads(srsys(*args)[1])
+                assert {k: again[k] for k in cell["report"] if k not in ("model", "images")} == {k: v for k, v in cell["report"].items() if k not in ("model", "images")}, cell["command"]
+        print(cell["command"])
+        status, output, errors = srsys("tables", "--benchmarks", folder, "--out", out)
+        print(status, errors.strip().splitlines()[-1].replace(folder, "…"))
         assert status == 1
 
 
