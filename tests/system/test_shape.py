@@ -14,13 +14,13 @@ FLOORS = {
     6: "app jobs batch makers",
     5: "bench tables serve train view console",
     4: "evaluate engine tracking recipes",
-    3: "data tiles chains restore monitor registry",
+    3: "data tiles chains foreign restore monitor registry",
     2: "degrade metrics models losses leaks",
     1: "image fetch",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # packages that few modules know
-ALONE = {"pyvips": {"image"}, "spandrel": {"models"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "papermill": {"jobs"},
+ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "papermill": {"jobs"},
          "typer": {"console", "makers", "cli"}, "pydantic_settings": {"console"}}
 MODULES = sorted(path for path in ROOT.glob("srsys/*.py") if not path.stem.startswith("_"))
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
@@ -58,7 +58,7 @@ def test_a_module_knows_only_what_is_its_own(path):
 
 def test_training_needs_neither_pyvips_nor_mlflow():
     "What runs on a bare GPU node imports where both are missing."
-    bare = [name for name in "degrade metrics models losses leaks data tiles chains recipes train".split() if (ROOT / f"srsys/{name}.py").exists()]
+    bare = [name for name in "degrade metrics models losses leaks foreign data tiles chains recipes train".split() if (ROOT / f"srsys/{name}.py").exists()]
     code = "import sys; sys.modules.update(pyvips=None, mlflow=None)\n" + "".join(f"import srsys.{name}\n" for name in bare)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
