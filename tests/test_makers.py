@@ -38,11 +38,21 @@ def album():
 
 def test_train():
     # 13_makers.ipynb #train-lesson
-    with album() as (photos, out), mock.patch("srsys.train.train", side_effect=lambda config, data, out, on_step: on_step(1, 0.5) or out / f"{config.name}-{config.steps}"):
-        status, output, errors = srsys("train", "fast-x4", "--data", photos, "--steps", 7)
-        assert status == 0 and output.strip().endswith("runs/fast-x4-7")
+    def pretend(config, data, out, watch, find, *more):
+        "Stands in for the loop"
+        seen = watch(config)
+        seen.step(config.steps - 1, {"l1": 0.5})
+        seen.validated(config.steps, {"psnr_rgb": 30.0}, {})
+        seen.rolled_back(config.steps, "the gradient was not finite")
+        seen.step(config.steps, {"l1": 0.4})
+        return out / f"{config.name}-{config.steps}-{find(config.start).name}"
+
+    with album() as (photos, out), mock.patch("srsys.train.train", side_effect=pretend):
+        status, output, errors = srsys("train", "fast-x4", "--data", photos, "--steps", 7, "--start", "shipped:fast-x4")
+        assert status == 0 and output.strip().endswith("runs/fast-x4-7-fast-x4") and "back to the last good weights" in errors
         status, output, errors = srsys("train", "huge-x9", "--data", photos)
         assert status == 2 and "there is no recipe 'huge-x9'" in errors
+        print(errors.splitlines()[-1])
 
 
 def test_evaluate():
