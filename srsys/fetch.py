@@ -175,7 +175,7 @@ def _insist(url: str, part: Path, size: int | None, proof: tuple, timeout: float
                 raise
         time.sleep(min(pause * 2 ** (failed - 1), 60))
 
-# %% ../nbs/01_fetch.ipynb #download-whole
+# %% ../nbs/01_fetch.ipynb #half
 @contextmanager
 def _half(path: Path, part: Path) -> Iterator[None]:
     "What came of a file so far stays when the server fails, and goes when the disk does: it would only be in the way."
@@ -189,7 +189,7 @@ def _half(path: Path, part: Path) -> Iterator[None]:
             if not part.exists():
                 Path(f"{part}.from").unlink(missing_ok=True)
 
-
+# %% ../nbs/01_fetch.ipynb #download-whole
 def download(
     url: str,
     path: str | Path,  # where the file shall be; its folder is made if need be

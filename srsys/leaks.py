@@ -62,7 +62,7 @@ def picture_hash(
     "One hash for a whole picture: near for copies of all of it, whatever their size; far for crops"
     return f"{int(hash64(_resized(grey, SIDE, SIDE)[None])[0]):016x}"
 
-
+# %% ../nbs/04_leaks.ipynb #fingerprint
 @dataclass(frozen=True)
 class Print:
     "The places of a picture, at one or more sizes"
