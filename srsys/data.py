@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'Progress', 'DataError', 'Archive', 'catalog', 'Entry', 'folder_of', 'read_manifest', 'describe',
-           'find_leaks', 'fetched', 'benchmarks', 'settle', 'fetch', 'pictures', 'Check', 'check']
+           'find_leaks', 'fetched', 'benchmarks', 'settle', 'fetch', 'pictures', 'guard', 'summary', 'Check', 'check']
 
 # %% ../nbs/05_data.ipynb #imports
 import json
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -194,10 +195,13 @@ def settle(
         _write_manifest(folder, entries)
         _write_about(folder, about | {"against": against})
     bad = [e for e in entries if e.leak and e.split in ("train", "validation")]
-    if bad and not drop_leaks:
-        some = ", ".join(f"{e.path} holds {e.leak}" for e in bad[:10]) + (f", and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise DataError(f"{name}: {len(bad)} of {len(taught)} training pictures hold benchmark pictures: {some}; `srsys data fetch {name} --drop-leaks` leaves them out")
+    if bad and not drop_leaks: raise DataError(f"{name}: {_named({e.path: e.leak for e in bad})}; `srsys data fetch {name} --drop-leaks` leaves them out")
     if bad: _write_manifest(folder, [replace(e, split="left out") if e in bad else e for e in entries])
+
+
+def _named(leaks):
+    some = ", ".join(f"{path} holds {leak}" for path, leak in list(leaks.items())[:10])
+    return f"{len(leaks)} training pictures hold benchmark pictures: {some}" + (f", and {len(leaks) - 10} more" if len(leaks) > 10 else "")
 
 
 def _about(folder):
@@ -255,6 +259,29 @@ def pictures(
     paths = [folder/e.path for e in read_manifest(folder) if e.split == split]
     if not paths: raise DataError(f"{name} has no pictures for {split}")
     return paths
+
+# %% ../nbs/05_data.ipynb #guard
+def guard(
+    home: Path,
+    paths: list[Path],  # pictures of one's own, to be trained on
+    drop_leaks: bool = False,
+    on_progress: Progress = lambda *_: None,
+) -> list[Path]:  # those that hold no benchmark picture
+    "The same for pictures that are in no data set. Raises `DataError` naming the offenders, unless they are to be dropped."
+    leaks = find_leaks(paths, benchmarks(home, on_progress), on_progress)
+    if leaks and not drop_leaks: raise DataError(f"{_named(leaks)}; --drop-leaks leaves them out")
+    return [p for p in paths if p not in leaks]
+
+
+def summary(
+    home: Path,
+    name: str,
+) -> dict:  # name, folder, digest, pictures in each split, the benchmark picture in each that was left out
+    "A data set in a few words"
+    entries = read_manifest(folder_of(home, name))
+    taken = [e for e in entries if e.split]
+    return {"name": name, "folder": str(folder_of(home, name)), "digest": digest_of(e.sha256 for e in taken), "pictures": dict(Counter(e.split for e in taken)),
+            "left_out": {e.path: e.leak for e in entries if e.split == "left out"}}
 
 # %% ../nbs/05_data.ipynb #check
 @dataclass(frozen=True)

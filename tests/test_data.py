@@ -122,7 +122,7 @@ def test_fetch():
 
 
 def test_what_may_be_trained_on():
-    from srsys.data import fetch, pictures, read_manifest
+    from srsys.data import fetch, guard, pictures, read_manifest, summary
     # 05_data.ipynb #lesson-leak
     crop, small = CAT[80:240, 100:260], np.array(Image.fromarray(CAT).resize((406, 270)))
     with a_corner_of_the_internet(**{"street/train/crop.png": png(crop), "street/train/small.jpg": png(small, "JPEG")}) as (home, sets):
@@ -136,6 +136,13 @@ def test_what_may_be_trained_on():
         assert not {"crop.png", "small.jpg"} & {p.name for p in pictures(home, "street") + pictures(home, "street", "validation")}
         assert [p.name for p in pictures(home, "cats", "benchmark")] == ["chelsea.png"]
         print(refusal(pictures, home, "cats"))
+        assert summary(home, "street")["pictures"] == {"train": 2, "validation": 1, "benchmark": 1, "left out": 2}
+
+        own = [home/"own/cat.png", home/"own/cup.png"]
+        own[0].parent.mkdir()
+        for path, picture in zip(own, (crop, COFFEE), strict=True): path.write_bytes(png(picture))
+        print(refusal(guard, home, own))
+        assert guard(home, own, drop_leaks=True) == own[1:]
 
         (home/"data/street/about.json").unlink()  # as if it had never been looked through
         first, *_ = pictures(home, "street")
