@@ -80,7 +80,7 @@ def begin(
         return initialise(net, {**start.net.state_dict(), **{k: v for k, v in net.state_dict().items() if k.startswith(last)}}, start.name)
     except ValueError as e: raise TrainError(f"{config.name} cannot begin with {start.name}: {e}") from e
 
-
+# %% ../nbs/08_train.ipynb #follow
 @torch.no_grad()
 def follow(
     ema: nn.Module,   # plain, changed in place

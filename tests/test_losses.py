@@ -15,11 +15,12 @@ def photograph(side=96):
 
 
 def test_pixel_by_pixel():
-    from srsys.losses import charbonnier, l1
+    from srsys.losses import charbonnier, l1, l2
     # 04_losses.ipynb #lesson-pixels
     hr = photograph()
     assert l1(hr, hr) == 0 and torch.isclose(charbonnier(hr, hr), torch.tensor(1e-3))
     assert torch.isclose(l1(hr + .1, hr), torch.tensor(.1), atol=1e-6)
+    assert torch.isclose(l2(hr + .1, hr), torch.tensor(.01), atol=1e-6)
     assert torch.isclose(charbonnier(hr + .1, hr), torch.tensor(.1), atol=1e-4), "far from zero they are the same"
 
 
