@@ -193,7 +193,7 @@ def set_up(
     outer, _ = fabric.setup(torch.compile(net) if config.compile else net, optimizer)
     run = Run(config, fabric, net, ema, optimizer, outer)
     if config.objective.gan:
-        run.critic = UNetCritic()
+        run.critic = UNetCritic(config.critic)
         run.critic_optimizer = adam(run.critic)
         run.critic_outer, _ = fabric.setup(run.critic, run.critic_optimizer)
     if config.objective.teacher: run.teacher = fabric.to_device(teacher.net).eval()
@@ -283,7 +283,7 @@ def judge(
 class Watch:
     "Is told how a run goes on. This one does not care."
 
-    def step(self, step: int, losses: dict[str, float]) -> None: "So many steps are done; what this raises ends the run, which can be resumed."
+    def step(self, step: int, losses: dict[str, float]) -> None: "So many steps are done. What this raises ends the run, after its state was kept."
 
     def validated(self, step: int, scores: dict[str, float], pictures: dict[str, np.ndarray]) -> None: "The averaged weights were scored, and these pictures made."
 
@@ -293,13 +293,14 @@ class Watch:
 def keep(
     run: Run,
     checkpoint: Path,
-    line: dict,  # of the curve
+    line: dict | None = None,  # of the curve
 ) -> None:
     "Write the run's state, and a line of its curve"
     if not run.fabric.is_global_zero: return
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with replacing(checkpoint) as temporary:
         torch.save({**{k: v.state_dict() for k, v in run.parts().items()}, "state": run.state, "settings": json.dumps(run.config.settings())}, temporary)
+    if not line: return
     with checkpoint.with_suffix(".jsonl").open("a") as curve: curve.write(json.dumps({"step": run.state["step"], "time": time.time(), **line}) + "\n")
 
 
@@ -337,7 +338,11 @@ def fit(
         if (losses := train_step(run, batch)) is None:
             roll_back(run, why := "the gradient was not finite")
             watch.rolled_back(step, why)
-        else: watch.step(step, losses)
+        else:
+            try: watch.step(step, losses)
+            except BaseException:
+                keep(run, checkpoint)
+                raise
         if step % config.validate_every == 0 or step == config.steps:
             scores, pictures = fabric.broadcast(validate(restore, held, config.scale) if fabric.is_global_zero else None)
             if not judge(run, scores): watch.rolled_back(step, f"the validation fell to {scores['psnr_rgb']:.2f} dB")

@@ -97,7 +97,7 @@ def test_a_run():
     fabric = make_fabric(tiny, "cpu")
     run = set_up(tiny, fabric)
     assert set(run.parts()) == {"net", "ema", "optimizer"}
-    assert set(set_up(replace(tiny, objective=Objective(gan=.1)), fabric).parts()) - set(run.parts()) == {"critic", "critic_optimizer"}
+    assert set(set_up(replace(tiny, objective=Objective(gan=.1), critic=8), fabric).parts()) - set(run.parts()) == {"critic", "critic_optimizer"}
     os.environ["WORLD_SIZE"] = "2"  # as torchrun would
     try: make_fabric(tiny, "cpu")
     except TrainError as e: print(e)
@@ -124,7 +124,7 @@ def test_one_step():
     teacher = models.wrap(models.Compact(2, 12, 1), "teacher")
     _, mixed = few_steps(replace(tiny, objective=Objective(charbonnier=.5, ms_ssim=.1, fft=.05, teacher=.5), patch=24), 5, teacher=teacher)
     print({name: round(loss, 4) for name, loss in mixed[-1].items()})
-    run, sharp = few_steps(replace(tiny, objective=Objective(gan=.1, relativistic=True)), 5)
+    run, sharp = few_steps(replace(tiny, objective=Objective(gan=.1, relativistic=True), critic=8), 5)
     print({name: round(loss, 4) for name, loss in sharp[-1].items()})
     assert {"gan", "critic"} < set(sharp[-1])
     weights = weights_of(run.net)
@@ -159,6 +159,7 @@ def test_the_loop():
         try: fit(set_up(tiny, fabric), tiles, held, checkpoint := Path(folder)/"two/tiny.ckpt", first)
         except KeyboardInterrupt: print("stopped; kept:", sorted(p.name for p in checkpoint.parent.iterdir()))
         fit(again := set_up(tiny, fabric), tiles, held, checkpoint, second)
+        assert (max(first.losses), min(second.losses)) == (20, 21), "not a step is done twice"
         assert {**first.losses, **second.losses} == unbroken.losses, "the same losses, to the last bit"
         assert all(torch.equal(v, again.state["best_weights"][k]) for k, v in run.state["best_weights"].items())
         assert list(unbroken.scores) == [12, 24] and unbroken.scores[24]["psnr_rgb"] > unbroken.scores[12]["psnr_rgb"]

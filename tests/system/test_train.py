@@ -1,8 +1,11 @@
 """Training as it is really run: by several processes at once, on a node without pyvips and MLflow, from the command line and through Ctrl-C."""
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ SRSYS, TORCHRUN = (Path(sys.executable).with_name(name) for name in ("srsys", "t
 
 RUN = """
 import json, sys
+from functools import partial
 from pathlib import Path
 import numpy as np
 from skimage import data
@@ -82,3 +86,30 @@ def test_a_bare_gpu_node_trains(photographs, tmp_path):
     assert done.returncode == 0, done.stderr
     from srsys.models import load
     assert load(done.stdout.strip()).card.steps == 4
+
+
+def test_a_training_is_interrupted_and_goes_on(photographs, tmp_path):
+    "On a terminal: a bar with the time left; Ctrl-C after some steps, and the same command goes on after them."
+    small = [SRSYS, "train", "fast-x4", "--data", photographs, "-o", tmp_path / "out", "--accelerator", "cpu", "--steps", "12"]
+    code = ("import sys; from dataclasses import replace; from srsys import recipes\n"
+            "recipes.CONFIGS['fast-x4'] = lambda: replace(recipes.fast_x4(), network=recipes.Compact(8, 1, width=16), batch=2, patch=16, shrink=(), holdout=(('Photos', 3),))\n"
+            "from srsys.cli import main; main(sys.argv[1:], prog_name='srsys')")
+    command = [sys.executable, "-c", code, *map(str, small[1:])]
+    terminal, inside = pty.openpty()
+    heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=inside, stderr=inside, env=os.environ | {"COLUMNS": "120", "TERM": "xterm", "OMP_NUM_THREADS": "1"}, preexec_fn=heeds)
+    os.close(inside)
+    shown = ""
+    while "loss" not in shown:
+        shown += os.read(terminal, 4096).decode(errors="replace")
+    process.send_signal(signal.SIGINT)
+    try:
+        while more := os.read(terminal, 4096): shown += more.decode(errors="replace")
+    except OSError: pass  # the other end is closed
+    assert process.wait(60) == 1 and "interrupted; nothing half-done is left" in shown and "Traceback" not in shown
+    assert "fast-x4" in shown and "-:--:--" in shown or "0:00:" in shown, "time left"
+    import torch
+    done = torch.load(tmp_path / "out/fast-x4.ckpt", weights_only=True)["state"]["step"]
+    assert 1 <= done < 12
+    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert again.returncode == 0 and again.stdout.strip() == str(tmp_path / "out/fast-x4.safetensors"), again.stderr
