@@ -94,6 +94,7 @@ def test_the_card_becomes_the_description():
     assert text.startswith("# card-x2") and "| set5 | 28.42 |" in text
     assert flat_scores({"set5": {"psnr_y": 28.42, "n": 5}, "best": True, "×4": 1}) == {"set5.psnr_y": 28.42, "set5.n": 5.0, "_4": 1.0}
     print(text)
+    assert "measured" not in card_markdown(models.Card("moss-x2", "esrgan", 2))  # somebody else's, of which little is known
 
 
 def test_registering():
@@ -254,3 +255,14 @@ def test_the_resolver():
     shutil.copy(shipped["fern-x2"], store.home / "weights" / "fern.safetensors")
     with mock.patch.object(models, "catalog", lambda: {"fern.safetensors": entry}):
         assert resolve("catalog:fern", store).label == "catalog:fern.safetensors"
+
+    torch.save(models.Compact(2, features=4, convs=1).state_dict(), store.home / "weights" / "moss.pth")
+    with mock.patch.object(models, "catalog", lambda: {"moss.pth": {"name": "moss.pth", "sources": 0, "register": "moss-x2"}}):
+        try:
+            resolve("catalog:moss-x2", store)
+        except models.WeightsError as error:
+            print(without_folders(error)[:70], "…")
+        (store.home / "weights" / "moss.pth.accepted").write_text(fetch.sha256(store.home / "weights" / "moss.pth"))
+        assert resolve("catalog:moss-x2", store).label == "catalog:moss.pth"
+        (store.home / "weights" / "moss.pth.accepted").write_text("0" * 64)
+        print(refusal(resolve, "catalog:moss", store))
