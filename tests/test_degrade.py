@@ -12,6 +12,9 @@ import matplotlib.pyplot as plt
 from IPython.display import Image as Picture, display
 from skimage import data
 
+# 02_degrade.ipynb #one-thread
+torch.set_num_threads(1);  # the lessons' pictures are too small to be shared out
+
 # 02_degrade.ipynb #show-row
 cat = data.chelsea()[:296, :448]
 
@@ -20,7 +23,7 @@ def show_row(pictures, titles):
     zoom, gap = 200//pictures[0].shape[1] + 1, np.full((pictures[0].shape[0], 4, 3), 255, np.uint8)
     row = np.concatenate([part for p in pictures for part in (p, gap)], axis=1)
     file = io.BytesIO()
-    Image.fromarray(row.repeat(zoom, 0).repeat(zoom, 1)).save(file, "JPEG", quality=70)
+    Image.fromarray(row.repeat(zoom, 0).repeat(zoom, 1)).save(file, "JPEG", quality=50)
     print("   |   ".join(titles))
     display(Picture(file.getvalue()))
 
