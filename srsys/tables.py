@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from skimage import data
 
 from .degrade import imresize
@@ -132,8 +133,8 @@ def coffee(width: int, height: int) -> bytes:  # a JPEG
 
 
 def cost(cell: Cell, megapixels: float) -> float:
-    "About how many seconds a row takes on two cores: 0.4 a megapixel to score it, and the network at 150 GMAC/s"
-    return megapixels*(.4 + (8 if cell.ensemble else 1)*cell.contender.model.macs/cell.contender.model.scale**2/150e3)
+    "About how many seconds a row takes on two cores: to score it, and the network in float32"
+    return megapixels*(.2 + (8 if cell.ensemble else 1)*cell.contender.model.macs/cell.contender.model.scale**2/75e3)
 
 # %% ../nbs/08_tables.ipynb #measure
 def measure(
@@ -283,13 +284,12 @@ def damage_table(
     scale: int,
 ) -> str:  # Markdown
     "What each model gains over bicubic, in dB of RGB, after each kind of damage; luma's SSIM behind it"
-    def line(name, folder):
-        found = {r.degrade: r for _, r, _ in rows(document, name=name, data=folder, scale=scale)}
-        return [name, folder, *(f"{_loss(gain(r))} / {r.mean.ssim_y:.3f}" if (r := found.get(kind)) else "" for kind in PHOTO)]
-    def _loss(over): return f"{over:+.2f}" if over >= 0 else f"**worse: {over:+.2f}**"
-    models = sorted({(not m["photo"], m["name"]) for m, *_ in rows(document, scale=scale)})
-    folders = [f for f in FOLDERS if rows(document, scale=scale, data=f)]
-    return markdown(["model", "pictures", *PHOTO], (line(name, folder) for _, name in models for folder in folders))
+    def entry(report):
+        over = report and gain(report)
+        return "" if not report else f"{over:+.2f} / {report.mean.ssim_y:.3f}" if over >= 0 else f"**worse: {over:+.2f}** / {report.mean.ssim_y:.3f}"
+    found = {(not m["photo"], m["name"], FOLDERS.index(r.data), r.degrade): r for m, r, _ in rows(document, scale=scale)}
+    kinds = [kind for kind in PHOTO if any(k[3] == kind for k in found)]
+    return markdown(["model", "pictures", *kinds], ([line[1], FOLDERS[line[2]], *(entry(found.get((*line, kind))) for kind in kinds)] for line in sorted({k[:3] for k in found})))
 
 
 def losses(
@@ -327,17 +327,21 @@ def plot(
     folder: str = "Set5",
 ) -> Figure:
     "Luma dB on clean pictures against parameters and against MACs per LR pixel"
-    figure = Figure(figsize=(9, 3.6), dpi=70, layout="constrained")
+    figure = Figure(figsize=(10, 4.2), dpi=64, layout="constrained")
     measured = {m["name"]: (m, r.mean.psnr_y) for m, r, _ in rows(document, scale=scale, degrade="bicubic", data=folder)}
-    points = [(p.model, p.luma[folder][0], p.parameters, p.macs, "none") for p in literature if p.scale == scale]
-    points += [(name, db, m["parameters"], m["macs"], "C0") for name, (m, db) in measured.items()]
+    points = [(p.luma[folder][0], p.model, p.parameters, p.macs, "grey", "none") for p in literature if p.scale == scale]
+    points = sorted([*points, *((db, name, m["parameters"], m["macs"], "C0", "C0") for name, (m, db) in measured.items())])
+    around = [(5, -10, "left"), (5, 4, "left"), (-5, -10, "right"), (-5, 4, "right")]  # neighbours' names on different sides
     for ax, column, label in zip(figure.subplots(1, 2, sharey=True), (2, 3), ("parameters", "MACs per LR pixel"), strict=True):
-        for point in points:
-            if point[column]:
-                ax.plot(point[column], point[1], "o", color="C0" if point[4] != "none" else "grey", markerfacecolor=point[4])
-                ax.annotate(point[0], (point[column], point[1]), xytext=(4, -9), textcoords="offset points", fontsize=7)
+        for i, point in enumerate(p for p in points if p[column]):
+            x, y, side = around[i % 4]
+            ax.plot(point[column], point[0], "o", color=point[4], markerfacecolor=point[5])
+            ax.annotate(point[1], (point[column], point[0]), xytext=(x, y), textcoords="offset points", fontsize=7, ha=side)
         ax.set(xscale="log", xlabel=label)
-        ax.margins(x=.15)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.margins(x=.2, y=.1)
     figure.axes[0].set_ylabel(f"dB on {folder} ×{scale}, luma")
     return figure
 

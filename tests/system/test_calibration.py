@@ -11,8 +11,10 @@ from srsys.degrade import imresize
 from srsys.evaluate import evaluate
 from srsys.image import open_picture
 from srsys.models import load, shipped
+from srsys.tables import read, rows
 
-BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "bench"
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT.parent / "shared" / "data" / "bench"
 pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason=f"needs the development images in {BENCH}")
 
 
@@ -59,3 +61,15 @@ def test_shipped_models_score_what_was_asked(measured, name, folder, scale, scor
 def test_the_photo_model_undoes_jpeg(measured):
     report = measured("photo-x4", "Set14", 4, "jpeg50")
     assert report.mean.psnr_rgb - report.bicubic.psnr_rgb >= .65
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_row_of_the_table_comes_out_again(name):
+    "What the pages show is what these weights do."
+    document = read(ROOT / "nbs/measured/scores.json")
+    found = [report for folder in ("Set5", "Set14") for _, report, _ in rows(document, name=name, data=folder)]
+    if not found:
+        pytest.skip("the table has no row of these weights yet: make tables")
+    again = evaluate(load(shipped()[name]), BENCH / found[0].data, found[0].scale, found[0].degrade, device="cpu")
+    assert (again.data_sha256, again.weights_sha256) == (found[0].data_sha256, found[0].weights_sha256)
+    assert again.mean.psnr_rgb == pytest.approx(found[0].mean.psnr_rgb, abs=.01) and again.mean.ssim_y == pytest.approx(found[0].mean.ssim_y, abs=.001)
