@@ -49,9 +49,9 @@ train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DAT
 bench: $(READY) ## seconds and megabytes on this machine, beside PEER=weights of another network
 	@exec $(BIN)/python -c "from srsys.bench import main; main()" bench $(if $(PEER),--peer $(PEER))
 
-tables: $(READY) ## every model on every benchmark, and the pages that show it: BENCHMARKS=folder [MODELS="file catalog:name"] [TRUST="sha256"]
+tables: $(READY) ## every model on every benchmark, and the pages that show it: BENCHMARKS=folder [MODELS="file catalog:name"] [TRUST="sha256"] [TRACK=1]
 	$(BIN)/srsys tables --benchmarks $(or $(BENCHMARKS),$(error say where Set5, Set14 and the others lie: BENCHMARKS=folder)) \
-	  $(MODELS:%=--model %) $(TRUST:%=--trust %) --crops nbs/images/tables.jpg
+	  $(MODELS:%=--model %) $(TRUST:%=--trust %) $(if $(TRACK),--track) --crops nbs/images/tables.jpg
 	$(BIN)/python -c "from srsys.bench import main; main()" kpi
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/08_tables.ipynb nbs/index.ipynb
 	$(BIN)/nbdev_clean

@@ -99,7 +99,7 @@ def evaluate(
     model: ModelName,
     data: Annotated[Path, typer.Option(help="A folder of originals.")],
     scale: Annotated[int, typer.Option(min=1)],
-    degrade: Annotated[str, typer.Option(help="What is done to the originals: bicubic, jpegQ (Q from 1 to 100), or photo.")] = "bicubic",
+    degrade: Annotated[str, typer.Option(help="What is done to the originals: bicubic, jpegQ or webpQ (Q from 1 to 100), blur-noise-jpeg, or photo.")] = "bicubic",
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Average over eight views of each picture.")] = False,
     precision: Precision = "float32", device: Device = None, trust: Trust = None, as_json: AsJson = False,
 ) -> None:
@@ -131,6 +131,7 @@ def tables(
     trust: Annotated[list[str], typer.Option(metavar="SHA256", help="Accept a pickled checkpoint with this digest; may be given several times.")] = [],  # noqa: B006
     out: Annotated[Path, typer.Option("--out", "-o", help="The document; what it has already is not measured again.")] = Path("nbs/measured/scores.json"),
     crops: Annotated[Path | None, typer.Option(help="Also a JPEG with crops side by side.")] = None,
+    track: Annotated[bool, typer.Option("--track", help="Also keep all reports in MLflow, with the digests of weights and pictures.")] = False,
     device: Device = None,
 ) -> None:
     "Measure every model on every benchmark: all that the document does not have yet."
@@ -147,6 +148,10 @@ def tables(
     if crops:
         with fetch.replacing(crops) as temporary:
             board.crops(contenders).savefig(temporary, format="jpeg", pil_kwargs={"quality": 85})
+    if track:
+        from srsys.registry import Store
+        from srsys.tracking import log_reports
+        log_reports(Store(settings.home, settings.tracking_uri), board.reports(document), [out, *([crops] if crops else [])])
     typer.echo(board.summary(document))
 
 # %% ../nbs/13_makers.ipynb #models

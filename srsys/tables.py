@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'DIV2K', 'FOLDERS', 'CLEAN', 'PHOTO', 'PROTOCOL', 'VERSION', 'Contender', 'Cell', 'plan', 'key', 'read',
-           'write', 'command', 'coffee', 'cost', 'measure', 'Published', 'published', 'rows', 'gain', 'markdown',
-           'summary', 'clean_table', 'damage_table', 'losses', 'on', 'every_row', 'plot', 'crops']
+           'write', 'command', 'coffee', 'cost', 'measure', 'Published', 'published', 'rows', 'reports', 'gain',
+           'markdown', 'summary', 'clean_table', 'damage_table', 'losses', 'on', 'every_row', 'plot', 'crops']
 
 # %% ../nbs/08_tables.ipynb #imports
 import json
@@ -216,6 +216,11 @@ def rows(
     wanted = {"precision": "float32", "ensemble": False} | wanted
     found = [(document["models"][c["report"]["weights_sha256"]], Report.from_dict(c["report"]), c) for c in document["cells"].values()]
     return [(m, r, c) for m, r, c in found if all((m[k] if k in ("name", "photo") else getattr(r, k)) == v for k, v in wanted.items())]
+
+
+def reports(document: dict) -> list[Report]:
+    "All that was measured"
+    return [Report.from_dict(cell["report"]) for cell in document["cells"].values()]
 
 
 def gain(report: Report, channel: str = "rgb") -> float:

@@ -163,7 +163,7 @@ def cut(
     shrink_above: int = 280,
     shard_bytes: int = 2**28,  # a shard holds no more, unless a single picture does
     on_progress: Callable[[int, int], None] = lambda done, total: None,  # pictures
-) -> "Shards":
+):  # `Shards`
     "Cut pictures into tiles, or go on with it. Raises `TilesError` for a folder that holds others, or that another process is cutting into."
     folder, digests = Path(folder), [sha256(p) if isinstance(p, Path) else _pixels_digest(p) for p in pictures]
     settings = {"format": 1, "side": side, "overlap": overlap, "shrink": list(shrink), "shrink_above": shrink_above, "shard_bytes": shard_bytes}

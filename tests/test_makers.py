@@ -12,7 +12,9 @@ from unittest import mock
 from skimage import data
 from typer.testing import CliRunner
 
+from srsys import tables as board
 from srsys.image import Picture, save_picture
+from srsys.models import shipped
 
 # 13_makers.ipynb #lesson-helpers
 lesson_home = tempfile.TemporaryDirectory()
@@ -69,15 +71,15 @@ def test_evaluate():
 
 def test_tables():
     # 13_makers.ipynb #tables-lesson
-    from srsys import tables as board
-    from srsys.models import shipped
-
+    tracking = mock.Mock()  # the real one has a notebook of its own
     with tempfile.TemporaryDirectory() as folder:
         bench, out = Path(folder, "bench"), Path(folder, "measured", "scores.json")
         (bench / "Set5").mkdir(parents=True)
         save_picture(Picture(data.astronaut()[20:116, 130:226].copy()), bench / "Set5" / "1.png")
-        with mock.patch.object(board, "shipped", lambda: {"fast-x4": shipped()["fast-x4"]}), mock.patch.object(board, "peak_memory", return_value=(900, 1.)):
-            status, output, errors = srsys("tables", "--benchmarks", bench, "--out", out, "--model", shipped()["photo-x2"], "--crops", Path(folder, "crops.jpg"))
+        with mock.patch.object(board, "shipped", lambda: {"fast-x4": shipped()["fast-x4"]}), mock.patch.object(board, "peak_memory", return_value=(900, 1.)), \
+                mock.patch.dict("sys.modules", {"srsys.tracking": tracking}):
+            status, output, errors = srsys("tables", "--benchmarks", bench, "--out", out, "--model", shipped()["photo-x2"], "--crops", Path(folder, "crops.jpg"), "--track")
+        assert len(tracking.log_reports.call_args.args[1]) == 15 and tracking.log_reports.call_args.args[2] == [out, Path(folder, "crops.jpg")]
         assert status == 0 and Path(folder, "crops.jpg").read_bytes()[:2] == b"\xff\xd8"
         print(output)
 

@@ -145,7 +145,7 @@ def test_what_the_literature_reports():
 
 
 def test_from_the_document_to_tables():
-    from srsys.tables import Contender, Published, clean_table, damage_table, every_row, losses, measure, summary
+    from srsys.tables import Contender, Published, clean_table, damage_table, every_row, losses, measure, reports, summary
     # 08_tables.ipynb #lesson-render
     literature = [Published("IMDN", 4, 715_000, 710_069, {"Set5": (32.21, .8948), "Set14": (28.58, .7811), "BSD100": (27.56, .7353)}, "Liang et al. 2021")]
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_from_the_document_to_tables():
     with benchmarks() as (folder, path): document = measure([FAST, PHOTO_X2, untrained], folder, path, large=None)
     assert "**fast-x4**" in clean_table(document, literature, 4) and "brought down" in clean_table(document, [], 3)
     assert any(line.startswith("**untrained-x4** is worse than bicubic enlargement") for line in losses(document)) and "worse than bicubic**" in summary(document)
-    assert every_row(document).count("srsys evaluate") == len(document["cells"])
+    assert every_row(document).count("srsys evaluate") == len(document["cells"]) == len(reports(document))
     display(Markdown(summary(document)), Markdown(clean_table(document, literature, 4)), Markdown(damage_table(document, 2)))
 
 
