@@ -2,11 +2,15 @@
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from rich.console import Console
 from srsys.makers import commands
 
 # 13_makers.ipynb #lesson-imports
+import re
 import shlex
+import shutil
 import tempfile
+from io import StringIO
 from unittest import mock
 
 from skimage import data
@@ -109,3 +113,43 @@ def test_models():
     assert status == 0 and facts["scale"] == 2 and facts["card"]["scores"]
     print("\n".join(line[:150] for line in srsys("models", "show", "shipped:fast-x2")[1].splitlines()[:8]), "…")
     assert srsys("models", "show", "nosuch")[0] == 1
+
+
+def test_data():
+    from srsys.makers import stages
+    # 13_makers.ipynb #data-lesson
+    with album() as (photos, out):
+        shelf_of_a_mirror, home = photos.parent / "mirror.toml", photos.parent / "home"
+        shutil.make_archive(str(photos), "zip", photos)
+        entry = {"name": "photos.zip", "url": "http://127.0.0.1:1/photos.zip", "sources": 0, "set": "album", "split": "train"}
+        shelf_of_a_mirror.write_text("[[dataset]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in entry.items()))
+        here = {"SRSYS_HOME": str(home), "SRSYS_CATALOG": str(shelf_of_a_mirror)}
+        print(srsys("data", "fetch", "album", **here)[2], srsys("data", "fetch", "album", "--accept", "--attempts", 1, **here)[2])
+        shutil.copy(photos.with_suffix(".zip"), home / "data/album/archives")  # as if it had come
+        status, output, errors = srsys("data", "fetch", "album", "--accept", **here)
+        assert status == 0 and output.startswith("album: 2 train → ")
+        status, output, errors = srsys("data", "fetch", "album", "nosuch", "--json", **here)
+        assert status == 1 and [row.get("error", "")[:22] for row in json.loads(output)] == ["", "there is no data set '"]
+
+        for source in ("album", photos):
+            status, output, errors = srsys("data", "cut", source, "-o", out / Path(source).name, "--side", 48, "--overlap", 8, "--json", **here)
+            assert status == 0 and json.loads(output)["tiles"] == 8, (output, errors)
+        print(srsys("data", "cut", photos, "-o", out / "again", "--side", 48, "--overlap", 8, "--holdout", "photos=2", **here)[1].replace(str(out), "…"))
+        assert srsys("data", "cut", photos, "-o", out, "--holdout", "photos", **here)[0] == 2
+        assert "nosuch holds no data set" in srsys("data", "cut", "nosuch", "-o", out, **here)[2]
+
+        assert json.loads(srsys("data", "check", "--json", **here)[1])["album"]["sound"]
+        (home / "data/album/photos/portrait.jpg").unlink()
+        status, output, errors = srsys("data", "check", "album", **here)
+        print(output)
+        assert status == 1 and "missing  photos/portrait.jpg" in output
+
+    # 13_makers.ipynb #data-lesson-stages
+    screen = Console(file=StringIO(), force_terminal=True, width=90, color_system=None, force_jupyter=False)
+    with stages(quiet=False, console=screen) as show:
+        for done in (3e6, 5e6, 8e6):
+            show("fetching photos.zip", int(done), 10_000_000)
+        show("cutting", 0, 2)
+    shown = [line for line in re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", screen.file.getvalue()).replace("\r", "\n").splitlines() if line.strip()]
+    print(*shown[-2:], sep="\n")
+    assert "fetching photos.zip, MB" in shown[-2] and " 80%" in shown[-2] and "cutting" in shown[-1]
