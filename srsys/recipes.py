@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'Compact', 'RRDBNet', 'SwinIR', 'TrainConfig', 'lr_at', 'card_of', 'made_by', 'esrgan_psnr', 'esrgan',
-           'swinir_m', 'swinir_light', 'fast_x4', 'fast_x2', 'photo_x4', 'photo_x2', 'fast_x3', 'vivid_x4']
+           'realesrgan', 'swinir_m', 'swinir_light', 'fast_x4', 'fast_x2', 'photo_x4', 'photo_x2', 'fast_x3',
+           'vivid_x4']
 
 # %% ../nbs/07_recipes.ipynb #imports
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from torch import nn
 
 from . import foreign, models
-from .chains import PhotoRecipe
+from .chains import PhotoRecipe, RealESRGANRecipe
 from .losses import Objective
 
 # %% ../nbs/07_recipes.ipynb #networks
@@ -146,6 +147,12 @@ def esrgan() -> TrainConfig:
                        patch=32, lr=1e-4, halve_at=(50_000, 100_000, 200_000, 300_000), keep="last", **_DIV2K)
 
 
+def realesrgan() -> TrainConfig:
+    "RRDBNet on the second-order chain, by L1, features and a U-Net critic. Source: Wang et al. 2021, section 4.1."
+    return TrainConfig("realesrgan-x4", 4, RRDBNet(), start=esrgan_psnr(), recipe=RealESRGANRecipe(), objective=Objective(l1=1., perceptual=1., gan=.1),
+                       steps=400_000, batch=48, patch=64, lr=1e-4, halve_at=(400_000,), keep="last", **_DIV2K)
+
+
 def swinir_m(scale: int = 4) -> TrainConfig:
     "SwinIR-M for classical super-resolution. Source: Liang et al. 2021, section 4.1."
     return TrainConfig(f"swinir-m-x{scale}", scale, SwinIR(), steps=500_000, batch=32, patch=48, lr=2e-4, halve_at=(250_000, 400_000, 450_000, 475_000), **_DIV2K)
@@ -195,6 +202,6 @@ def vivid_x4() -> TrainConfig:
 
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {  # what `srsys train NAME` may name
-    **{run().name: run for run in (photo_x4, photo_x2, vivid_x4, fast_x4, fast_x3, fast_x2, esrgan_psnr, esrgan)},
+    **{run().name: run for run in (photo_x4, photo_x2, vivid_x4, fast_x4, fast_x3, fast_x2, esrgan_psnr, esrgan, realesrgan)},
     **{run(s).name: partial(run, s) for run in (swinir_m, swinir_light) for s in (2, 3, 4)},
 }
