@@ -60,17 +60,17 @@ RECIPES = {"photo": chains.PhotoRecipe(), "blur-noise-jpeg": chains.BLUR_NOISE_J
 def degraded(
     hr_hwc: np.ndarray,  # (height, width, 3) uint8
     scale: int,
-    degrade: str = "bicubic",  # "bicubic", "jpegQ" or "webpQ" with a quality Q of 1 … 100, "blur-noise-jpeg", or "photo"
+    degrade: str = "bicubic",  # "bicubic"; "jpegQ", "webpQ" or "avifQ" with a quality Q of 1 … 100; "blur-noise-jpeg" or "photo"
     seed: int = 0,       # for the last two
 ) -> np.ndarray:         # (height // scale, width // scale, 3) uint8
-    "The LR picture to restore. Raises `EvaluateError` for another kind of damage."
+    "The LR picture to restore. Raises `EvaluateError` for another kind of damage, `CodecError` where Pillow lacks a codec."
     if degrade in RECIPES: return chains.photo(hr_hwc, scale, seed, RECIPES[degrade])
     lr_hwc = damage.bicubic(hr_hwc, scale)
     if degrade == "bicubic": return lr_hwc
-    codec = re.fullmatch(r"(jpeg|webp)(\d{1,3})", degrade)
+    codec = re.fullmatch(r"(jpeg|webp|avif)(\d{1,3})", degrade)
     if not codec or not 1 <= int(codec[2]) <= 100:
-        raise EvaluateError(f'degrade is "bicubic", "jpeg1" … "jpeg100", "webp1" … "webp100", "blur-noise-jpeg" or "photo", not {degrade!r}')
-    return {"jpeg": damage.jpeg, "webp": damage.webp}[codec[1]](lr_hwc, int(codec[2]))
+        raise EvaluateError(f'degrade is "bicubic", "jpeg1" … "jpeg100", the same of "webp" and "avif", "blur-noise-jpeg" or "photo", not {degrade!r}')
+    return {"jpeg": damage.jpeg, "webp": damage.webp, "avif": damage.avif}[codec[1]](lr_hwc, int(codec[2]))
 
 # %% ../nbs/07_evaluate.ipynb #benchmark
 @dataclass(frozen=True, eq=False)

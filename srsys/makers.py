@@ -101,7 +101,7 @@ def evaluate(
     model: ModelName,
     data: Annotated[Path, typer.Option(help="A folder of originals.")],
     scale: Annotated[int, typer.Option(min=1)],
-    degrade: Annotated[str, typer.Option(help="What is done to the originals: bicubic, jpegQ or webpQ (Q from 1 to 100), blur-noise-jpeg, or photo.")] = "bicubic",
+    degrade: Annotated[str, typer.Option(help="What is done to the originals: bicubic; jpegQ, webpQ or avifQ (Q from 1 to 100); blur-noise-jpeg; or photo.")] = "bicubic",
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Average over eight views of each picture.")] = False,
     precision: Precision = "float32", device: Device = None, trust: Trust = None, as_json: AsJson = False,
 ) -> None:

@@ -56,8 +56,8 @@ def test_the_originals():
 def test_the_damage():
     from srsys.evaluate import degraded
     # 07_evaluate.ipynb #lesson-degraded
-    kinds = ["bicubic", "jpeg50", "webp50", "blur-noise-jpeg", "photo"]
-    _, axes = plt.subplots(1, 5, figsize=(11, 2.2), dpi=48)
+    kinds = ["bicubic", "jpeg50", "webp50", "avif50", "blur-noise-jpeg", "photo"]
+    _, axes = plt.subplots(1, 6, figsize=(12, 2), dpi=48)
     for ax, kind in zip(axes, kinds, strict=True):
         lr = degraded(CAT, 2, kind, seed=3)
         assert lr.shape == (80, 100, 3) and np.array_equal(lr, degraded(CAT, 2, kind, seed=3))
