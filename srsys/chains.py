@@ -171,7 +171,7 @@ def random_sincs(
 def random_blurs(
     n: int,
     sigma: tuple[float, float],
-    recipe: "RealESRGANRecipe",
+    recipe,  # a RealESRGANRecipe
     rng: np.random.Generator,
 ) -> torch.Tensor:  # (n, 21, 21)
     "Kernels of six kinds"
@@ -201,7 +201,7 @@ class Stage(Checked):
     def worsen(self,
         x_nchw: torch.Tensor,   # (batch, 3, height, width) float, levels
         whole: tuple[int, int], # the size that a scale of 1 means
-        recipe: "RealESRGANRecipe",
+        recipe,  # a RealESRGANRecipe
         rng: np.random.Generator,
     ) -> torch.Tensor:          # of a size that the dice choose
         "Blur, resizing and noise; the codec's turn comes later"
