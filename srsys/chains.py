@@ -26,17 +26,16 @@ class RecipeError(ValueError):
 class Checked:
     "A value whose shares and ranges are looked at when it is made"
     def __post_init__(self):
-        for f, value in ((f, getattr(self, f.name)) for f in fields(self)):
-            wanted = ("a probability from 0 to 1" if f.name.endswith("share") and not 0 <= value <= 1 else
-                      f"a probability for each of {len(f.default)} kinds, 1 together" if f.name.endswith("shares") and (
-                          len(value) != len(f.default) or min(value) < 0 or abs(sum(value) - 1) > 1e-6) else
-                      "a range (low, high) of qualities from 1 to 100" if f.name.endswith("quality") and not _within(value, 1, 100) else
-                      "a range (low, high) with 0 ≤ low ≤ high" if isinstance(value, tuple) and not f.name.endswith("shares") and not _within(value, 0) else
-                      "a whole number from 1" if f.name == "group" and value < 1 else "")
-            if wanted: raise RecipeError(f"{type(self).__name__}.{f.name} is {wanted}, not {value!r}")
-
-
-def _within(pair, least, most=np.inf): return len(pair) == 2 and least <= pair[0] <= pair[1] <= most
+        for name, value, default in ((f.name, getattr(self, f.name), f.default) for f in fields(self)):
+            good, wanted = True, ""
+            if name.endswith("shares"):
+                good, wanted = len(value) == len(default) and min(value) >= 0 and abs(sum(value) - 1) < 1e-6, f"a probability for each of {len(default)} kinds, 1 together"
+            elif name.endswith("share"): good, wanted = 0 <= value <= 1, "a probability from 0 to 1"
+            elif name == "group": good, wanted = value >= 1, "a whole number from 1"
+            elif isinstance(value, tuple):
+                least, most, wanted = (1, 100, "a range (low, high) of qualities from 1 to 100") if name.endswith("quality") else (0, np.inf, "a range (low, high) with 0 ≤ low ≤ high")
+                good = len(value) == 2 and least <= value[0] <= value[1] <= most
+            if not good: raise RecipeError(f"{type(self).__name__}.{name} is {wanted}, not {value!r}")
 
 
 class Recipe(Checked, ABC):
@@ -93,7 +92,7 @@ class PhotoRecipe(Recipe):
     grain: tuple[float, float] = (.4, 1.)     # σ in LR pixels of the blur that makes noise coarse
     jpeg_share: float = .7
     webp_share: float = .15                   # the rest stays uncompressed
-    quality: tuple[int, int] = (30, 95)
+    quality: tuple[int, int] = (30, 95)       # of JPEG and WebP
     coarse_share: float = .15                 # of the JPEGs: this quality instead
     coarse_quality: tuple[int, int] = (10, 30)
     twice_share: float = .15                  # of the compressed: a JPEG on another grid before
@@ -150,6 +149,8 @@ def photo(
     "Damage one picture as a recipe does a patch; for evaluation and for examples"
     hr_nchw = torch.from_numpy(np.ascontiguousarray(crop_to_multiple(hr_hwc, scale))).permute(2, 0, 1)[None]
     return recipe.damage(hr_nchw, scale, np.random.default_rng(seed))[0].permute(1, 2, 0).contiguous().numpy()
+
+# %% ../nbs/05_chains.ipynb #blur-noise-jpeg
 BLUR_NOISE_JPEG = PhotoRecipe(clean_share=0, blur_share=1, blur=(.6, .6), noise_share=1, noise=(5, 5), grey_noise_share=0, poisson_share=0, grain_share=0,
                               jpeg_share=1, webp_share=0, quality=(50, 50), coarse_share=0, twice_share=0, full_colour_share=0)
 
@@ -289,7 +290,7 @@ def _blurred(x, recipe, scale, rng):
 
 
 def _resized(x, recipe, scale, rng):
-    "To a random size from the whole to half of the LR's, or to the LR's"
+    "To a random size, from the present one to half of the LR's, or to the LR's (there the authors take the nearest pixel, here it is the mean of the nearest four)"
     if rng.random() < recipe.resize_share: shrink, way = rng.uniform(1, 2*scale), RESIZES[rng.integers(3)]
     else:
         shrink, way, sigmas = scale, "bilinear", torch.from_numpy(rng.uniform(.1, .6*scale, (len(x), 1))).float()
@@ -323,7 +324,7 @@ class OldPhotoRecipe(Recipe):
     yellow_share: float = .6
     yellow: tuple[float, float] = (.05, .35)   # part of the blue that is lost, and a third as much of the green
     scratch_share: float = .4
-    scratches: tuple[float, float] = (.0005, .006) # part of the area
+    scratches: tuple[float, float] = (.0005, .006)  # part of the area
     dust_share: float = .4
     dust: tuple[float, float] = (.0005, .006)  # part of the area
     quality: tuple[int, int] = (50, 95)        # of the scan's JPEG
@@ -361,7 +362,6 @@ def _scratched(x, shares, generator, rng):
     noise = noise_batch((len(lines), 1, x.shape[-2] + 48, x.shape[-1] + 48), generator)  # beyond the border, where filtering is another
     if len(lines): cover[hit] = specks(filter_batch(noise, lines)[..., 24:-24, 24:-24], shares.flatten()[hit])
     return cover
-
 
 
 def _dusty(x, shares, generator, rng):

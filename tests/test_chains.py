@@ -6,7 +6,8 @@ from srsys.degrade import jpeg
 
 # 05_chains.ipynb #lesson-imports
 import io
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 from IPython.display import Image as Picture, display
 from PIL import Image
@@ -31,7 +32,7 @@ def show_row(pictures, titles, zoom=2):
 
 
 def test_damaged_photographs_photorecipe():
-    from srsys.chains import PhotoRecipe, RecipeError, photo, recompressed
+    from srsys.chains import BLUR_NOISE_JPEG, PhotoRecipe, RecipeError, photo, recompressed
     # 05_chains.ipynb #lesson-photo
     pictures = [photo(cat, 2, seed) for seed in range(8)]
     assert np.array_equal(pictures[1], photo(cat, 2, seed=1)), "the seed decides everything"
@@ -60,6 +61,10 @@ def test_damaged_photographs_photorecipe():
     photons = photo(ramp, 2, 1, replace(alone, noise=(12, 12), poisson_share=1)).astype(float) - bicubic(ramp, 2)
     assert 1.7 < photons[:, 88:104].std()/photons[:, 24:32].std() < 2.2, "four times the light, twice the noise"
 
+    # 05_chains.ipynb #lesson-fixed
+    assert all(getattr(BLUR_NOISE_JPEG, f) in (0, 1) for f in asdict(BLUR_NOISE_JPEG) if f.endswith("share"))
+    show_row([bicubic(cat, 4)[10:50, 10:64], photo(cat, 4, 0, BLUR_NOISE_JPEG)[10:50, 10:64]], ["LR ×4", "blur, noise and JPEG"], zoom=4)
+
     # 05_chains.ipynb #lesson-refused
     for wrong in [dict(blur_share=1.5), dict(noise=(25, 1)), dict(quality=(30,)), dict(noise=(0, 5)), dict(jpeg_share=.7, webp_share=.6), dict(coarse_quality=(0, 30))]:
         try: PhotoRecipe(**wrong)
@@ -85,9 +90,11 @@ def test_damage_twice_over_realesrganrecipe():
     for seed in range(3):
         quiet = RealESRGANRecipe(Stage(gaussian_share=1, noise=(0, 0)), Stage(gaussian_share=1, noise=(0, 0)))
         assert np.array_equal(photo(grey, 4, seed, quiet), grey[:16, :12])
-    try: RealESRGANRecipe(kernel_shares=(.5, .5))
-    except RecipeError as e: print(e)
-    else: raise AssertionError("should have refused")
+    for wrong in (dict(kernel_shares=(.5, .5)), dict(group=0)):
+        try: RealESRGANRecipe(**wrong)
+        except RecipeError as e: print(e)
+        else: raise AssertionError("should have refused")
+    assert json.loads(json.dumps(asdict(RealESRGANRecipe())))["second"]["blur_share"] == .8, "a whole recipe can be logged, and read by others"
 
 
 def test_in_any_order_bsrganrecipe():
