@@ -155,6 +155,12 @@ def fetched(home: Path) -> list[str]:
     "The data sets that are there"
     return sorted(p.parent.name for p in (Path(home)/"data").glob("*/manifest.jsonl"))
 
+# %% ../nbs/05_data.ipynb #benchmarks
+def _kept(store):
+    try:
+        with np.load(store) as kept: return dict(kept)
+    except (OSError, ValueError, EOFError): return {}  # none yet, or not whole: they can be made again
+
 
 def benchmarks(
     home: Path,
@@ -167,11 +173,11 @@ def benchmarks(
         own = [e for e in read_manifest(folder) if e.split == "benchmark"]
         if not own: continue
         store, digest = folder/"prints.npz", digest_of(e.sha256 for e in own)
-        if not store.exists() or np.load(store)["digest"] != digest:
+        if _kept(store).get("digest") != digest:
             prints = list(_in_parallel(lambda e: fingerprint(_grey(folder/e.path), SIZES), own, f"fingerprints of {name}", on_progress))  # noqa: B023
             with replacing(store) as hidden, hidden.open("wb") as file:
                 np.savez(file, digest=digest, ends=np.cumsum([len(p.hashes) for p in prints]), places=np.concatenate([p.places for p in prints]), hashes=np.concatenate([p.hashes for p in prints]))
-        kept = np.load(store)
+        kept = _kept(store)
         places, hashes = (np.split(kept[k], kept["ends"][:-1]) for k in ("places", "hashes"))
         known |= {f"{name}/{Path(e.path).name}": (folder/e.path, Print(p, h)) for e, p, h in zip(own, places, hashes, strict=True)}
     return known
