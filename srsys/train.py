@@ -123,7 +123,7 @@ def validation_pairs(
         result.append((photo(hr, config.scale, i, config.recipe) if config.recipe else bicubic(hr, config.scale), hr))
     return result
 
-
+# %% ../nbs/08_train.ipynb #scores
 def validate(
     restore: Callable[[np.ndarray], np.ndarray],  # LR → SR
     held: list[Pair],
