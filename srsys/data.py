@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tomllib
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -159,7 +160,7 @@ def fetched(home: Path) -> list[str]:
 def _kept(store):
     try:
         with np.load(store) as kept: return dict(kept)
-    except (OSError, ValueError, EOFError): return {}  # none yet, or not whole: they can be made again
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile): return {}  # none yet, or not whole: they can be made again
 
 
 def benchmarks(
