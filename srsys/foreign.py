@@ -123,22 +123,18 @@ def trainable(
     return copy.deepcopy(model.net).requires_grad_(True).train()
 
 # %% ../nbs/05_foreign.ipynb #convert
-def _entry_of(digest):
-    "The catalog's entry of a file with that digest, or nothing"
-    return next((e for e in models.catalog().values() if e.get("sha256") == digest), {})
-
-
 def convert(
     path: Path | str,
     folder: Path | str,        # where NAME.safetensors is written
     name: str | None = None,   # of the model; its card's, the catalog's, or the file's, if not given
     terms: str | None = None,  # of the weights; its card's or the catalog's if not given, else "unknown"
     trust: bool | str = False,  # open an unknown pickle: True, or its SHA-256
+    entry: dict | None = None,  # of the catalog; the one with the file's digest, if not given
 ) -> Path:
     "Turn a checkpoint of any architecture that spandrel knows into safetensors with a card. Raises `WeightsError`."
     checkpoint, digest, card = models.read(path, trust)
     model, state = models.recognise(checkpoint, Path(path).name)
-    known = _entry_of(digest)
+    known = entry or next((e for e in models.catalog().values() if e.get("sha256") == digest), {})
     card = card or Card("", model.architecture, model.scale, degradation=known.get("trained_for", ""), data="unknown",
                         notes=f"Made by others. Converted from {Path(path).name}, SHA-256 {digest}.")
     name = name or card.name or known.get("register") or re.sub(r"[^\w.-]+", "-", Path(path).stem).strip("-.")
@@ -163,13 +159,12 @@ def doubt(
 
 
 def fetch_checkpoint(
-    name: str,      # see `models.catalogued`
+    entry: dict,  # of the catalog: see `models.catalogued`
     folder: Path | str,  # usually weights/ in the home folder
     accept: bool | str = False,  # take an unverified file: True, or only with this SHA-256
     on_progress: Callable[[int, int | None], object] = lambda have, total: None,  # bytes so far, and in all
 ) -> Path:
     "Download an official checkpoint, or go on with it. Raises `Unverified`, `WeightsError`, `fetch.FetchError`."
-    entry = models.catalogued(name)
     stated, wanted = entry.get("sha256"), accept.lower() if isinstance(accept, str) else None
     if (why := doubt(entry)) and not accept: raise Unverified(f"{entry['name']}: {why}")
     if wanted and stated not in (None, wanted): raise WeightsError(f"{entry['name']}: the catalog says digest {stated[:12]}, and {wanted[:12]} was asked for")

@@ -282,16 +282,20 @@ def build(
     return recognise(checkpoint, name, sha256, card)[0]
 
 # %% ../nbs/04_models.ipynb #catalog
-def catalog() -> dict[str, dict]:  # name → url, sha256, sources, scale, architecture, licence, …
+def catalog(
+    path: Path | None = None,  # another one than the package's, of a mirror say
+) -> dict[str, dict]:  # name → url, sha256, sources, scale, architecture, licence, …
     "The official checkpoints that srsys knows. Source: public repositories; `sources` counts those that agree on the digest."
-    return {c["name"]: c for c in tomllib.loads(files("srsys").joinpath("catalog.toml").read_text())["checkpoint"]}
+    try: return {c["name"]: c for c in tomllib.loads((path or files("srsys").joinpath("catalog.toml")).read_text())["checkpoint"]}
+    except (OSError, ValueError, KeyError) as e: raise WeightsError(f"{path} is not a catalog with checkpoints: {e}") from e
 
 
 def catalogued(
     name: str,  # of the file, with its suffix or without, or the short name under which it is registered
+    path: Path | None = None,  # as for `catalog`
 ) -> dict:
     "The catalog's entry of that name. Raises `WeightsError` if it has none."
-    for entry in catalog().values():
+    for entry in catalog(path).values():
         if name in (entry["name"], Path(entry["name"]).stem, entry.get("register")): return entry
     raise WeightsError(f"the catalog has no {name!r}; `srsys models list` shows what it has")
 

@@ -134,20 +134,20 @@ def test_fetched_on_whose_word():
                 digest = {"sha256": hashlib.sha256(content).hexdigest()} if sources else {}
                 entries[f"{name}.pth"] = {"name": f"{name}.pth", "url": f"http://127.0.0.1:{server.server_port}/{name}.pth", "sources": sources, **digest}
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            with mock.patch.object(models, "catalog", lambda: entries), mock.patch.object(SimpleHTTPRequestHandler, "log_message"): yield Path(mine)
+            with mock.patch.object(models, "catalog", lambda path=None: entries), mock.patch.object(SimpleHTTPRequestHandler, "log_message"): yield Path(mine)
             server.shutdown()
             server.server_close()
 
 
     with official(sure=(b"1", 2), hearsay=(b"2", 1), rumour=(b"3", 0)) as folder:
-        assert fetch_checkpoint("sure", folder).read_bytes() == b"1"
+        assert fetch_checkpoint(models.catalogued("sure"), folder).read_bytes() == b"1"
         for name in ("hearsay", "rumour"):
-            with pytest.raises(Unverified) as refused: fetch_checkpoint(name, folder)
+            with pytest.raises(Unverified) as refused: fetch_checkpoint(models.catalogued(name), folder)
             print(refused.value)
-        assert fetch_checkpoint("hearsay", folder, accept=True).read_bytes() == b"2"
+        assert fetch_checkpoint(models.catalogued("hearsay"), folder, accept=True).read_bytes() == b"2"
         for name in ("hearsay", "rumour"):
-            with pytest.raises((WeightsError, fetch.FetchError)) as refused: fetch_checkpoint(name, folder, accept="0"*64)
+            with pytest.raises((WeightsError, fetch.FetchError)) as refused: fetch_checkpoint(models.catalogued(name), folder, accept="0"*64)
             print(re.sub(r"http://\S+", "URL:", str(refused.value)))
         digest = hashlib.sha256(b"3").hexdigest()
-        assert fetch_checkpoint("rumour", folder, accept=digest.upper()).read_bytes() == b"3" and (folder/"rumour.pth.accepted").read_text() == digest
+        assert fetch_checkpoint(models.catalogued("rumour"), folder, accept=digest.upper()).read_bytes() == b"3" and (folder/"rumour.pth.accepted").read_text() == digest
         assert sorted(p.name for p in folder.iterdir()) == ["hearsay.pth", "hearsay.pth.accepted", "rumour.pth", "rumour.pth.accepted", "sure.pth"]

@@ -6,6 +6,7 @@ from rich.console import Console
 from srsys.makers import commands
 
 # 13_makers.ipynb #lesson-imports
+import hashlib
 import re
 import shlex
 import shutil
@@ -13,9 +14,11 @@ import tempfile
 from io import StringIO
 from unittest import mock
 
+import torch
 from skimage import data
 from typer.testing import CliRunner
 
+from srsys import models
 from srsys import tables as board
 from srsys.image import Picture, save_picture
 from srsys.models import shipped
@@ -153,3 +156,37 @@ def test_data():
     shown = [line for line in re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", screen.file.getvalue()).replace("\r", "\n").splitlines() if line.strip()]
     print(*shown[-2:], sep="\n")
     assert "fetching photos.zip, MB" in shown[-2] and " 80%" in shown[-2] and "cutting" in shown[-1]
+
+
+def test_other_people_s_models():
+    # 13_makers.ipynb #import-lesson
+    theirs = Path(lesson_home.name) / "their best.pth"
+    torch.save({"params_ema": models.Compact(2, features=4, convs=1).state_dict()}, theirs)
+    digest = hashlib.sha256(theirs.read_bytes()).hexdigest()
+    print(srsys("models", "import", theirs)[2].replace(lesson_home.name, "…"))  # refused: it is a pickle
+    status, output, errors = srsys("models", "import", theirs, "--trust", digest, "-o", Path(lesson_home.name) / "safe", "--json")
+    assert status == 0 and models.load(json.loads(output)["file"]).card.terms == "unknown"
+    with mock.patch("os.isatty", return_value=True):
+        done = CliRunner().invoke(commands, ["models", "import", str(theirs), "--trust", digest, "--name", "fern-x2"], input="CC0\n", env={"SRSYS_HOME": lesson_home.name})
+    print(done.stdout.split()[-1].replace(lesson_home.name, "…"))
+    assert models.load(done.stdout.split()[-1]).card.terms == "CC0"
+
+    # an official checkpoint that nobody vouches for; the download is in the notebook `fetch`
+    entry = {"name": "fern.pth", "register": "fern-x2", "url": "https://example.org/fern.pth", "sources": 0, "licence": "MIT"}
+    with mock.patch.object(models, "catalog", lambda path=None: {"fern.pth": entry}), \
+            mock.patch("srsys.fetch.download", side_effect=lambda url, path, sha256, on_progress: on_progress(1, 1) or shutil.copy(theirs, path)):
+        status, output, errors = srsys("models", "fetch", "fern-x2")
+        print(errors)
+        assert status == 1
+        with mock.patch("os.isatty", return_value=True):
+            assert CliRunner().invoke(commands, ["models", "fetch", "fern"], input="n\n", env={"SRSYS_HOME": lesson_home.name}).exit_code == 1
+            assert CliRunner().invoke(commands, ["models", "fetch", "fern"], input="y\n", env={"SRSYS_HOME": lesson_home.name}).exit_code == 0
+        status, output, errors = srsys("models", "fetch", "catalog:fern-x2", "--accept", "--register")
+        print(output.replace(lesson_home.name, "…"))
+        assert status == 0 and "srsys-fern-x2/1" in output
+        assert json.loads(srsys("models", "fetch", "fern-x2", "--trust", digest, "--json")[1])[0]["sha256"] == digest
+        assert json.loads(srsys("models", "list", "--json")[1])[-1]["from"] == "fetched"
+        assert srsys("models", "fetch", "fern", "moss", "--trust", digest)[0] == 2 and srsys("models", "fetch", "moss")[0] == 1
+    facts = json.loads(srsys("models", "show", "fern-x2", "--json")[1])
+    assert facts["model"] == "srsys-fern-x2/1" and facts["card"]["terms"] == "MIT" and digest in facts["card"]["notes"]
+    assert json.loads(srsys("models", "import", theirs, "--trust", digest, "--name", "moss-x2", "--register", "--json")[1])["registered"] == "srsys-moss-x2/1"

@@ -253,11 +253,11 @@ def test_the_resolver():
     # 06_registry.ipynb #lesson-resolve-catalog
     entry = {"name": "fern.safetensors", "sha256": fetch.sha256(shipped["fern-x2"])}
     shutil.copy(shipped["fern-x2"], store.home / "weights" / "fern.safetensors")
-    with mock.patch.object(models, "catalog", lambda: {"fern.safetensors": entry}):
+    with mock.patch.object(models, "catalog", lambda path=None: {"fern.safetensors": entry}):
         assert resolve("catalog:fern", store).label == "catalog:fern.safetensors"
 
     torch.save(models.Compact(2, features=4, convs=1).state_dict(), store.home / "weights" / "moss.pth")
-    with mock.patch.object(models, "catalog", lambda: {"moss.pth": {"name": "moss.pth", "sources": 0, "register": "moss-x2"}}):
+    with mock.patch.object(models, "catalog", lambda path=None: {"moss.pth": {"name": "moss.pth", "sources": 0, "register": "moss-x2"}}):
         try:
             resolve("catalog:moss-x2", store)
         except models.WeightsError as error:
