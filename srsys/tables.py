@@ -82,7 +82,8 @@ def plan(
     return sorted(cells, key=lambda cell: (FOLDERS.index(cell.folder), cell.scale, PHOTO.index(cell.degrade)))
 
 # %% ../nbs/08_tables.ipynb #document
-PROTOCOL = """LR is the original, cropped to a multiple of the scale and reduced by MATLAB's bicubic `imresize`, then damaged as the row says (JPEG: libjpeg, 4:2:0).
+PROTOCOL = """LR is the original, cropped to a multiple of the scale and reduced by MATLAB's bicubic `imresize`, then damaged as the row says: libjpeg at 4:2:0, libwebp,
+or blur of σ 0.6 LR pixels, noise of σ 5 and JPEG 50 together, the noise seeded by the place of the picture in its folder.
 Scores on 8-bit pictures, as many border pixels left out as the scale, mean over pictures; Y is BT.601 luma of the limited range, rounded;
 SSIM is 11×11 Gaussian, σ 1.5, valid region, on RGB the mean of the three channels. float32, one look, unless the row says otherwise."""
 VERSION = 1  # of how it is measured: with another number all is measured anew
