@@ -194,7 +194,7 @@ def photo_x4() -> TrainConfig:
 
 def photo_x2() -> TrainConfig:
     "Damaged photographs, ×2"
-    return TrainConfig("photo-x2", 2, Compact(64, 14, 2), start=fast_x2(), recipe=PhotoRecipe(), patch=64, batch=12, lr=6e-4, steps=4_000)
+    return TrainConfig("photo-x2", 2, Compact(64, 14, 2), start=fast_x2(), recipe=PhotoRecipe(), patch=64, batch=12, lr=6e-4, steps=2_500)
 
 
 def vivid_x4() -> TrainConfig:

@@ -124,7 +124,7 @@ def _known(client, run_id: str):
         return None
     return found if found.info.lifecycle_stage == "active" else None
 
-
+# %% ../nbs/07_tracking.ipynb #take-up-run
 def _open(store: Store, experiment: str, name: str, params: dict[str, str], kept: Path | None) -> Track:
     "The track of a run that goes on or begins. Raises whatever MLflow raises."
     from mlflow.entities import Param

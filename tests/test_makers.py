@@ -14,6 +14,7 @@ import tempfile
 from io import StringIO
 from unittest import mock
 
+import numpy as np
 import torch
 from skimage import data
 from typer.testing import CliRunner
@@ -22,6 +23,7 @@ from srsys import models
 from srsys import tables as board
 from srsys.image import Picture, save_picture
 from srsys.models import shipped
+from srsys.registry import Store, connect
 
 # 13_makers.ipynb #lesson-helpers
 lesson_home = tempfile.TemporaryDirectory()
@@ -51,7 +53,7 @@ def test_train():
         "Stands in for the loop"
         seen = watch(config)
         seen.step(config.steps - 1, {"l1": 0.5})
-        seen.validated(config.steps, {"psnr_rgb": 30.0}, {})
+        seen.validated(config.steps, {"psnr_rgb": 30.0}, {"held-out 1": np.zeros((8, 24, 3), np.uint8)})
         seen.rolled_back(config.steps, "the gradient was not finite")
         seen.step(config.steps, {"l1": 0.4})
         return out / f"{config.name}-{config.steps}-{find(config.start).name}"
@@ -59,6 +61,10 @@ def test_train():
     with album() as (photos, out), mock.patch("srsys.train.train", side_effect=pretend):
         status, output, errors = srsys("train", "fast-x4", "--data", photos, "--steps", 7, "--start", "shipped:fast-x4")
         assert status == 0 and output.strip().endswith("runs/fast-x4-7-fast-x4") and "back to the last good weights" in errors
+        assert srsys("train", "fast-x4", "--data", photos, "--start", "shipped:fast-x4", "--no-track")[0] == 0
+        client = connect(Store(Path(lesson_home.name)))
+        found, = client.search_runs([client.get_experiment_by_name("srsys-training").experiment_id])
+        assert found.info.status == "FINISHED" and found.data.metrics["validation.psnr_rgb"] == 30 and found.data.params["network.features"] == "48"
         status, output, errors = srsys("train", "huge-x9", "--data", photos)
         assert status == 2 and "there is no recipe 'huge-x9'" in errors
         print(errors.splitlines()[-1])
