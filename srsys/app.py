@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -121,8 +122,8 @@ def model_choices(table: Table | None) -> list[tuple[str, str]]:
     "Every model that can be chosen, in words; the first lets the page choose."
     choices = [("Chosen by what the picture is", "")]
     for name, (_, found) in (table.served if table else {}).items():
-        made_for = found.model.card.degradation if found.model.card else ""
-        choices.append((f"{name}: ×{found.model.scale}{', for ' + made_for if made_for else ''}, {table.pace[name]:.2g} s per megapixel", name))
+        made_for = textwrap.shorten(found.model.card.degradation if found.model.card else "", 60, placeholder=" …")
+        choices.append((f"{name}: ×{found.model.scale}{', for ' + made_for if made_for else ''}, {table.pace[name]:.3g} s per megapixel", name))
     return choices
 
 

@@ -268,7 +268,7 @@ class Restorer:
         if tile is not None and tile < 1: raise RestoreError(f"a tile must be at least 1 pixel wide, not {tile}")
         self.model, self.device = model, choose_device(device)
         self.precision = choose_precision(self.device, precision)
-        self.tile = tile or max(TILE, 4*model.overlap)
+        self.tile = tile or (max(TILE, 4*model.overlap) if model.exact else TILE//2)  # what is not plain convolutions needs more memory and time
         self.net = ready(model.net, self.device)
 
     def plan(self, header: Header, scale: float | None = None) -> Plan:

@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dataclasses import replace
 from srsys.image import Header, Picture
 from srsys.models import Model
 from srsys.restore import RestoreError, Restorer
@@ -184,6 +185,7 @@ def test_the_restorer():
     engine = Restorer(NEAREST[2], device="cpu", precision="float32", tile=50)
     plan = engine.plan(picture(PHOTO).header)
     assert (plan.width, plan.height, plan.tiles, plan.tile) == (320, 240, 3*4, 40)
+    assert Restorer(NEAREST[2], "cpu").tile == 512 and Restorer(replace(NEAREST[2], exact=False), "cpu").tile == 256
     seen = []
     result = engine.restore(picture(PHOTO), on_tile=lambda done, total: seen.append((done, total)))
     assert np.array_equal(result.pixels, PHOTO.repeat(2, 0).repeat(2, 1)), "nearest neighbour: exactly numpy.repeat"
