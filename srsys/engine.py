@@ -223,7 +223,7 @@ class Table:
             raise Refused(503, "model_unavailable", self.broken[bare])
         return self.served[bare]
 
-
+# %% ../nbs/09_engine.ipynb #load-table
 def time_model(
     restorer: restore.Restorer,
     patience: float = 1.0,  # seconds: who would take longer for the larger patch is not timed on it
