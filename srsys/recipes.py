@@ -62,7 +62,7 @@ class TrainConfig:
     name: str
     scale: int
     network: Compact | RRDBNet | SwinIR = Compact()
-    start: "TrainConfig | str" = ""  # a run, or weights by name or path, to go on from; "" is from scratch
+    start: "TrainConfig | str | tuple" = ""  # a run, or weights by name or path, to go on from, or several to be averaged; "" is from scratch
     recipe: object | None = None     # of damage, from `chains`; None: clean bicubic
     objective: Objective = Objective()
     critic: int = 64                 # channels of the critic, if the objective has one
@@ -84,7 +84,7 @@ class TrainConfig:
     validate_every: int = 500
     shrink: tuple[float, ...] = (.85, .65)  # JPEG-born HR pictures are shrunk by these first, which removes their damage
     shrink_above: int = 280          # only pictures whose shorter side is longer than this
-    holdout: tuple[tuple[str, int], ...] = (("BSD400", 10), ("SunHays80", 4))  # folder, every n-th of its files is for validation
+    holdout: tuple[tuple[str, int], ...] = (("BSD400", 10), ("SunHays80", 4), ("DIV2K_train_HR", 40))  # folder, every n-th of its files is for validation
     data: str = "BSDS400, T91 and SunHays80 less the validation split"
     terms: str = "weights: Apache-2.0; training pictures: BSDS500, T91, SunHays80, research use"
 
@@ -133,7 +133,7 @@ def made_by(
     except ValueError: return None
 
 # %% ../nbs/07_recipes.ipynb #papers
-_DIV2K = {"shrink": (), "holdout": (), "data": "DIV2K (800) or DF2K (3450)", "terms": "weights: Apache-2.0; DIV2K and Flickr2K: research use", "validate_every": 5_000}
+_DIV2K = {"shrink": (), "data": "DIV2K (800) or DF2K (3450)", "terms": "weights: Apache-2.0; DIV2K and Flickr2K: research use", "validate_every": 5_000}
 
 
 def esrgan_psnr() -> TrainConfig:
@@ -171,7 +171,7 @@ def fast_x4() -> TrainConfig:
 
 def fast_x3() -> TrainConfig:
     "Clean pictures, ×3"
-    return TrainConfig("fast-x3", 3, Compact(48, 10), start=fast_x4(), lr=8e-4, steps=3_000)
+    return TrainConfig("fast-x3", 3, Compact(48, 10), start=fast_x4(), lr=8e-4, steps=2_000)
 
 
 def fast_x2() -> TrainConfig:
@@ -180,27 +180,30 @@ def fast_x2() -> TrainConfig:
     second = TrainConfig("fast-x2-second", 2, Compact(64, 14, 2), start=first, patch=64, batch=12, lr=7e-4, steps=9_000)
     third = TrainConfig("fast-x2-third", 2, Compact(64, 14, 2), start=second, objective=Objective(l1=0., l2=1.), patch=64, batch=16, lr=3e-4, steps=4_000)
     # shrunk further, the pictures are sharper and cleaner than the held-out ones, which therefore cannot choose among the last steps
-    return TrainConfig("fast-x2", 2, Compact(64, 14, 2), start=third, shrink=(.7, .5), patch=64, batch=16, lr=4e-4, steps=4_500, keep="last")
+    fourth = TrainConfig("fast-x2-fourth", 2, Compact(64, 14, 2), start=third, shrink=(.7, .5), patch=64, batch=16, lr=4e-4, steps=4_500, keep="last")
+    return TrainConfig("fast-x2", 2, Compact(64, 14, 2), start=(third, fourth), patch=64, batch=16, lr=2e-4, steps=1_000, validate_every=250)
 
 # %% ../nbs/07_recipes.ipynb #shipped-photo
 _LIGHT = PhotoRecipe(clean_share=0., blur_share=.4, blur=(.1, .6), noise_share=.4, noise=(1., 6.), poisson_share=0., grain_share=0., coarse_share=0., twice_share=0.)
+_PHOTO = PhotoRecipe(blur_share=.35, noise_share=.35, noise=(1., 15.), coarse_share=.08, twice_share=.1)
 
 
 def photo_x4() -> TrainConfig:
     "Damaged photographs, ×4"
     first = TrainConfig("photo-x4-first", 4, Compact(64, 16), start=fast_x4(), recipe=_LIGHT, batch=8, lr=6e-4, steps=4_500)
-    return TrainConfig("photo-x4", 4, Compact(64, 16), start=first, recipe=PhotoRecipe(), batch=8, lr=5e-4, steps=5_000)
+    second = TrainConfig("photo-x4-second", 4, Compact(64, 16), start=first, recipe=_PHOTO, batch=8, lr=5e-4, steps=1_500)
+    return TrainConfig("photo-x4", 4, Compact(64, 16), start=(first, second), recipe=_LIGHT, batch=8, lr=2e-4, steps=300, validate_every=150)
 
 
 def photo_x2() -> TrainConfig:
     "Damaged photographs, ×2"
-    return TrainConfig("photo-x2", 2, Compact(64, 14, 2), start=fast_x2(), recipe=PhotoRecipe(), patch=64, batch=12, lr=6e-4, steps=2_500)
+    return TrainConfig("photo-x2", 2, Compact(64, 14, 2), start=fast_x2().start[-1], recipe=_PHOTO, patch=64, batch=12, lr=6e-4, steps=1_500)
 
 
 def vivid_x4() -> TrainConfig:
     "Damaged photographs, ×4, with a critic: texture that was not there. Not shipped: see the page on vivid pictures."
-    return TrainConfig("vivid-x4", 4, Compact(64, 16), start=photo_x4(), recipe=PhotoRecipe(), objective=Objective(l1=1., gan=.02, relativistic=True), critic=24,
-                       batch=6, patch=32, lr=1e-4, steps=1_500, keep="last")
+    return TrainConfig("vivid-x4", 4, Compact(64, 16), start=photo_x4(), recipe=_PHOTO, objective=Objective(l1=1., gan=.02, relativistic=True), critic=24,
+                       batch=4, patch=32, lr=1e-4, steps=300, keep="last")
 
 # %% ../nbs/07_recipes.ipynb #configs
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {  # what `srsys train NAME` may name
