@@ -19,6 +19,7 @@ from PIL import Image
 from skimage import data
 
 from srsys.image import open_picture
+from srsys.models import shipped
 from srsys.registry import Store, list_versions
 
 pytestmark = pytest.mark.timeout(900)
@@ -61,7 +62,7 @@ def test_a_picture_comes_back_and_says_who_made_it(served):
     assert (answer.status_code, picture.width, picture.height) == (200, 480, 360)
     assert answer.headers["x-model-version"] == "srsys-fast-x4/1" and float(answer.headers["x-consistency-db"]) > 25
     assert answer.headers["content-type"] == "image/webp" and "infer;dur=" in answer.headers["server-timing"]
-    assert {m["name"] for m in httpx.get(served.page + "/v1/models").json()["models"]} == {"fast-x2", "fast-x4", "photo-x2", "photo-x4"}
+    assert {m["name"] for m in httpx.get(served.page + "/v1/models").json()["models"]} == set(shipped())
 
 
 @pytest.mark.parametrize("status, content, fields", [
@@ -132,7 +133,7 @@ def test_killed_and_started_again_it_still_has_its_registry(serve, tmp_path):
     first = serve(tmp_path, "--mlflow-port", free_port())
     eventually(lambda: not is_free(first.mlflow), 200)
     before = list_versions(Store(tmp_path))
-    assert [v.label for v in before] == [f"srsys-{name}/1" for name in ("fast-x2", "fast-x4", "photo-x2", "photo-x4")]
+    assert [v.label for v in before] == [f"srsys-{name}/1" for name in shipped()]
     assert all(v.aliases == ("champion",) and v.status == "bootstrap" for v in before)
     children = psutil.Process(first.process.pid).children(recursive=True)
     first.end(signal.SIGKILL)
@@ -160,4 +161,4 @@ def test_two_that_start_together_register_each_model_once(tmp_path):
     for one in both:
         _, said = one.communicate(timeout=200)
         assert one.returncode == 0 and said == "", said
-    assert [v.version for v in list_versions(Store(tmp_path))] == [1, 1, 1, 1]
+    assert [v.version for v in list_versions(Store(tmp_path))] == [1]*len(shipped())
