@@ -350,16 +350,16 @@ def fit(
         if (losses := train_step(run, batch)) is None:
             roll_back(run, why := "the gradient was not finite")
             watch.rolled_back(step, why)
-        else:
-            try: watch.step(step, losses)
-            except BaseException:
-                keep(run, checkpoint)
-                raise
         if step % config.validate_every == 0 or step == config.steps:
             scores, pictures = fabric.broadcast(validate(restore, held, config.scale) if fabric.is_global_zero else None)
             if not judge(run, scores): watch.rolled_back(step, f"the validation fell to {scores['psnr_rgb']:.2f} dB")
             keep(run, checkpoint, {**(losses or {}), **scores})
             watch.validated(step, scores, pictures)
+        if losses is not None:  # after the validation, so that a run that is ended here has had it
+            try: watch.step(step, losses)
+            except BaseException:
+                keep(run, checkpoint)
+                raise
 
 # %% ../nbs/08_train.ipynb #train
 def train(
