@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
 
-from srsys import foreign, models
+from srsys import foreign, models, recipes
 from srsys.cli import main
 from srsys.fetch import sha256
 from srsys.image import Picture, open_picture
@@ -43,9 +43,9 @@ def checkpoints(tmp_path_factory):
     "Files as the authors publish them, by the name of the model."
     folder = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
-    made = {"swinir-m-x4": {"params": foreign.architecture("swinir-m", 4).state_dict()},
-            "swinir-light-x2": {"params": foreign.architecture("swinir-light", 2).state_dict()},
-            "rrdbnet-x4": {"params_ema": as_real_esrgan(foreign.architecture("rrdbnet", 4).state_dict())}}
+    made = {"swinir-m-x4": {"params": foreign.swinir(4).state_dict()},
+            "swinir-light-x2": {"params": recipes.swinir_light(2).network.build(2).state_dict()},
+            "rrdbnet-x4": {"params_ema": as_real_esrgan(foreign.rrdbnet(4).state_dict())}}
     for name, content in made.items():
         torch.save(content, folder / f"{name}.pth")
     return {name: folder / f"{name}.pth" for name in made} | ({"realesr-x4": REAL} if REAL.exists() else {})
@@ -82,7 +82,7 @@ def test_the_authors_names_are_kept(converted):
 def test_a_checkpoint_of_another_size_is_told_in_a_few_lines(checkpoints):
     content = models.read(checkpoints["swinir-light-x2"], trust=True)[0]
     with pytest.raises(models.WeightsError) as told:
-        foreign.initialise(foreign.architecture("swinir-m", 2), content, "theirs.pth")
+        foreign.initialise(foreign.swinir(2), content, "theirs.pth")
     lines = str(told.value).splitlines()
     assert 3 < len(lines) <= 13 and "theirs.pth does not fit" in lines[0]
     assert any(re.search(r"another shape: conv_first\.weight, \(60, 3, 3, 3\) where \(180, 3, 3, 3\) is wanted", line) for line in lines)
@@ -93,8 +93,7 @@ def test_registered_they_are_served_and_can_be_trained(converted, tmp_path, serv
     store = Store(tmp_path / "home")
     register_shipped(store, converted)
     for name in converted:
-        net = foreign.trainable(resolve(f"models:/srsys-{name}/1", store).model)
-        assert net.training and all(p.requires_grad for p in net.parameters())
+        net = resolve(f"models:/srsys-{name}/1", store).model.net.requires_grad_(True).train()
     net(torch.rand(1, 3, 16, 16)).mean().backward()
     assert any(p.grad.abs().sum() > 0 for p in net.parameters())
 
