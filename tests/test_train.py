@@ -161,14 +161,14 @@ def test_the_loop():
     # 08_train.ipynb #lesson-fit
     tiles, held, fabric = InMemory([data.astronaut(), data.coffee()]), validation_pairs([data.chelsea()], tiny), make_fabric(tiny, "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        unbroken, first, second = Said(), Said(stop=20), Said()
-        fit(run := set_up(tiny, fabric), tiles, held, Path(folder)/"one/tiny.ckpt", unbroken)
-        try: fit(set_up(tiny, fabric), tiles, held, checkpoint := Path(folder)/"two/tiny.ckpt", first)
-        except KeyboardInterrupt: print("stopped; kept:", sorted(p.name for p in checkpoint.parent.iterdir()))
-        fit(again := set_up(tiny, fabric), tiles, held, checkpoint, second)
-        assert (max(first.losses), min(second.losses)) == (20, 21), "not a step is done twice"
-        assert {**first.losses, **second.losses} == unbroken.losses, "the same losses, to the last bit"
-        assert all(torch.equal(v, again.state["best_weights"][k]) for k, v in run.state["best_weights"].items())
+        fit(run := set_up(tiny, fabric), tiles, held, Path(folder)/"whole/tiny.ckpt", unbroken := Said())
+        for stop in (20, 12, 24):  # between two validations, at one, at the last step
+            try: fit(set_up(tiny, fabric), tiles, held, checkpoint := Path(folder)/f"{stop}/tiny.ckpt", first := Said(stop))
+            except KeyboardInterrupt: print("stopped; kept:", sorted(p.name for p in checkpoint.parent.iterdir()))
+            fit(again := set_up(tiny, fabric), tiles, held, checkpoint, second := Said())
+            assert (max(first.losses), min(second.losses, default=25)) == (stop, stop + 1), "not a step is done twice"
+            assert {**first.losses, **second.losses} == unbroken.losses and {**first.scores, **second.scores} == unbroken.scores, "the same to the last bit"
+            assert all(torch.equal(v, again.state["best_weights"][k]) for k, v in run.state["best_weights"].items())
         assert list(unbroken.scores) == [12, 24] and unbroken.scores[24]["psnr_rgb"] > unbroken.scores[12]["psnr_rgb"]
         try: fit(set_up(replace(tiny, lr=1.), fabric), tiles, held, checkpoint)
         except TrainError as e: print(str(e).replace(folder, "…"))
