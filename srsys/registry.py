@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from . import fetch, models
+from .gate import gate as gate  # judging is a notebook of its own, and the registry's word
 
 # %% ../nbs/06_registry.ipynb #registry-error
 class RegistryError(RuntimeError):

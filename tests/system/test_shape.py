@@ -15,8 +15,8 @@ FLOORS = {
     5: "bench tables serve train view console",
     4: "evaluate engine tracking recipes",
     3: "data tiles chains foreign restore monitor registry",
-    2: "degrade metrics models losses leaks",
-    1: "image fetch",
+    2: "degrade models losses leaks gate",
+    1: "image fetch metrics",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # packages that few modules know
