@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     7: "cli",
     6: "app jobs batch makers",
-    5: "bench tables serve train view console",
+    5: "bench tables serve train view console intake",
     4: "evaluate engine tracking recipes",
     3: "data tiles chains foreign restore monitor registry",
     2: "degrade models losses leaks gate",
