@@ -286,7 +286,7 @@ class Server(uvicorn.Server):
     "Uvicorn that tells the engine at once when it is to end, and can be ended by an event."
 
     def __init__(self, app: FastAPI, engine: Engine, stop: threading.Event):
-        super().__init__(uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=2))
+        super().__init__(uvicorn.Config(app, log_config=None, log_level="error", access_log=False, timeout_graceful_shutdown=2))
         self.engine, self.stop = engine, stop
 
     def handle_exit(self, sig: int, frame) -> None:

@@ -92,6 +92,8 @@ def serve(
     "Serve the page, the API and the metrics until Ctrl-C."
     settings = read_settings()
     from srsys.app import serve as run
+    from srsys.signals import set_up_logs
+    set_up_logs(settings.log)
     raise typer.Exit(run(settings.home, host, port, metrics_port, settings.tracking_uri, device or settings.device,
                          precision or settings.precision, mlflow_port))
 

@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     max_pixels: int = Field(100_000_000, gt=0)  # of one input
     device: str = "auto"
     precision: str = "auto"
+    log: Literal["text", "json"] = "text"  # what the server says on stderr: lines for people, or one JSON object each
     debug: bool = False  # show where an unexpected error came from
 
 # %% ../nbs/12_console.ipynb #group

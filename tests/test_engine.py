@@ -79,15 +79,6 @@ def test_does_the_result_still_show_the_input():
     assert consistency(PHOTO, enlarged) > 38 > consistency(PHOTO, enlarged[:, ::-1])
 
 
-def test_what_the_operator_sees():
-    from srsys.engine import Metrics
-    # 09_engine.ipynb #lesson-metrics
-    metrics = Metrics()
-    metrics.requests.labels("/v1/restore", "200").inc()
-    assert metrics.registry.get_sample_value("srsys_http_requests_total", {"route": "/v1/restore", "code": "200"}) == 1
-    assert Metrics().registry.get_sample_value("srsys_http_requests_total", {"route": "/v1/restore", "code": "200"}) is None
-
-
 def test_the_engine():
     from srsys.engine import Ask, Job, Limits, ask_scale, run_ask
     # 09_engine.ipynb #lesson-run-ask

@@ -14,7 +14,7 @@ FLOORS = {
     6: "app jobs batch makers",
     5: "bench tables serve train view console intake",
     4: "evaluate engine tracking recipes",
-    3: "data tiles chains foreign restore monitor registry",
+    3: "data tiles chains foreign restore monitor registry signals",
     2: "degrade models losses leaks gate",
     1: "image fetch metrics",
 }
