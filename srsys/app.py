@@ -29,7 +29,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 
-from . import image, registry, restore, serve as service, view
+from . import image, registry, restore, serve as service, signals, view
 from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, load_table, refusal
 
 # %% ../nbs/10_app.ipynb #desk
@@ -319,7 +319,7 @@ def serve(
         claimed = claim_port(host, port, "--port")
         if mlflow_port:
             claim_port(host, mlflow_port, "--mlflow-port").close()
-        metrics_server, _ = _serve_metrics(engine_metrics := Metrics(), host, metrics_port)
+        metrics_server, _ = _serve_metrics(engine_metrics := Metrics(), home, host, metrics_port)
     except OSError as error:
         print(f"srsys: {error}", file=sys.stderr)
         return 1
@@ -343,13 +343,16 @@ def serve(
         _run(Server(app, engine, stop), claimed)
     return _end(kept, metrics_server, failed)
 
-# %% ../nbs/10_app.ipynb #serve-parts
-def _serve_metrics(metrics: Metrics, host: str, port: int) -> tuple:
-    "Prometheus' page, on a port of its own."
+# %% ../nbs/10_app.ipynb #serve-metrics
+def _serve_metrics(metrics: Metrics, home: Path, host: str, port: int) -> tuple:
+    "Prometheus' page and the operator's other business, on a port of its own."
     claim_port(host, port, "--metrics-port").close()
-    return prometheus_client.start_http_server(port, host, metrics.registry)
+    metrics.registry.register(signals.Left(Path(home) / "metrics"))
+    server, thread = prometheus_client.start_http_server(port, host, metrics.registry)
+    server.set_app(signals.operator_app(server.get_app(), Path(home) / "alerts.db"))
+    return server, thread
 
-
+# %% ../nbs/10_app.ipynb #serve-parts
 def _announce(table: Table, address: tuple, metrics_port: int, mlflow_port: int | None) -> None:
     "Where everything is."
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
