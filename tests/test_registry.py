@@ -128,7 +128,7 @@ def test_registering():
 
 
 def test_shipped_models():
-    from srsys.registry import champions, register, register_shipped
+    from srsys.registry import champions, list_versions, register, register_shipped
     # 06_registry.ipynb #lesson-shipped
     store = fresh_store()
     box = {"oak-x2": tiny("oak-x2"), "oak-x4": tiny("oak-x4", scale=4)}
@@ -137,6 +137,7 @@ def test_shipped_models():
 
     newer = {"oak-x2": tiny("oak-x2", seed=1)}
     assert register_shipped(store, newer)[0].aliases == ("champion",)  # the package was updated
+    assert list_versions(store, "srsys-oak-x2")[0].aliases == ("previous",)  # and can be taken back
 
     trained = register(store, tiny("oak-x2", seed=2), status="passed")  # trained here, through the gate
     assert register_shipped(store, {"oak-x2": tiny("oak-x2", seed=3)})[0].aliases == ()

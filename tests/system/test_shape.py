@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     7: "cli",
     6: "app jobs batch makers",
-    5: "bench tables serve train view console intake",
-    4: "evaluate engine tracking recipes",
+    5: "bench tables serve train view console intake trial",
+    4: "evaluate engine tracking recipes promotion",
     3: "data tiles chains foreign restore monitor registry signals",
     2: "degrade models losses leaks gate",
     1: "image fetch metrics",
