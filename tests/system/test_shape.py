@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     7: "cli",
     6: "app jobs batch makers",
-    5: "bench tables serve train view console intake trial",
+    5: "bench tables serve train view console trial intake",
     4: "evaluate engine tracking recipes promotion",
-    3: "data tiles chains foreign restore monitor registry signals",
-    2: "degrade models losses leaks gate",
-    1: "image fetch metrics",
+    3: "data tiles chains foreign restore registry signals trust drift",
+    2: "models losses leaks gate monitor",
+    1: "image fetch metrics degrade",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # packages that few modules know
