@@ -36,6 +36,19 @@ def propose(
         return next(v for v in list_versions(store, version.name) if v.version == version.version)
 
 # %% ../nbs/07_promotion.ipynb #judged
+def _sound(store, version):
+    "Why a version cannot be served as champion; nothing if it can"
+    if version.status not in ("passed", "bootstrap"): return f"the gate status of {version.label} is {version.status or 'missing'!r}"
+    try: load_version(store, version)
+    except RegistryError as e: return str(e)
+    return ""
+
+
+def _against(store, champion, decision):
+    "Whether a decision was made against this champion; against none also counts where the champion cannot be served"
+    return (champion and champion.sha256) == decision.champion_sha256 or (decision.champion_sha256 is None and bool(_sound(store, champion)))
+
+
 def _judged(store, name, decision):
     "The version that a decision is about, and the champion. Raises `PromotionError` if the decision does not fit them"
     versions, by_alias = _versions(store, name)
@@ -43,7 +56,7 @@ def _judged(store, name, decision):
     if version is None: raise PromotionError(f"the decision is about {decision.challenger} with the digest {decision.challenger_sha256[:12]}, which no version of {versions[0].name} has")
     if version == champion:
         if not decision.accepted: raise PromotionError(f"{version.label} is the champion, and a decision does not unseat it: `srsys rollback` does")
-    elif (champion and champion.sha256) != decision.champion_sha256:
+    elif decision.accepted and not _against(store, champion, decision):
         raise PromotionError(f"{version.label} was judged against {decision.champion or 'no champion'}, and now the champion is {champion.label if champion else 'none'}: judge it again")
     elif decision.accepted and version.withdrawn:
         raise PromotionError(f"{version.label} was taken back on {version.withdrawn}; if that was a mistake, remove its tag gate.withdrawn in MLflow")
@@ -63,14 +76,6 @@ def _record(store, version, decision, files):
         for key, value in tags.items(): client.set_model_version_tag(version.name, str(version.version), key, value)
 
 # %% ../nbs/07_promotion.ipynb #promote
-def _sound(store, version):
-    "Why a version cannot be served as champion; nothing if it can"
-    if version.status not in ("passed", "bootstrap"): return f"the gate status of {version.label} is {version.status or 'missing'!r}"
-    try: load_version(store, version)
-    except RegistryError as e: return str(e)
-    return ""
-
-
 def promote(
     store: Store,
     name: str,           # fast-x4 or srsys-fast-x4

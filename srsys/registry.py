@@ -59,7 +59,7 @@ def _client(address: str):
     from mlflow import MlflowClient
     return MlflowClient(tracking_uri=address, registry_uri=address)
 
-
+# %% ../nbs/06_registry.ipynb #lock
 def lock(
     store: Store,
     name: str = "registry",  # "champion" for who moves that alias, outside of all others
@@ -127,7 +127,7 @@ def _version(record, aliases: dict[str, str]) -> Version:
     gate_says = [tags.get(f"gate.{key}", "") for key in ("gain", "withdrawn")]
     return Version(record.name, int(record.version), mine, tags.get("gate.status", ""), tags.get("weights.sha256", ""), record.description or "", *gate_says)
 
-
+# %% ../nbs/06_registry.ipynb #list-versions
 def list_versions(
     store: Store,
     name: str | None = None,  # with the prefix; None: of every model

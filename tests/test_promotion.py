@@ -108,7 +108,7 @@ def test_promoting():
 
     # 07_promotion.ipynb #lesson-promote-fails
     before = list_versions(store)
-    print(refusal(promote, store, "fern-x2", decided(store, 2, 1)))
+    print(refusal(promote, store, "fern-x2", decided(store, 2, 1)), refusal(promote, store, "fern-x2", decided(store, 2, None)), sep="\n")
     print(refusal(promote, store, "fern-x2", replace(yes, challenger_sha256="0"*64)))
     print(refusal(promote, store, "fern-x2", decided(store, 3, 1, accepted=False)))
     print(refusal(promote, store, "moss-x2", yes))
@@ -132,7 +132,7 @@ def test_an_artifact_that_was_exchanged():
     # 07_promotion.ipynb #lesson-tampered-champion
     with exchanged(yes.champion_sha256):
         print(refusal(resolve, "fern-x2", store))
-        promote(store, "fern-x2", yes)
+        promote(store, "fern-x2", replace(yes, champion=None, champion_sha256=None))
         assert aliases(store) == "champion 3" and resolve("fern-x2", store).label == "srsys-fern-x2/3"
 
 
