@@ -15,15 +15,16 @@ from typer.testing import CliRunner
 
 
 def test_settings():
-    from srsys.console import Settings, default_home
+    from srsys.console import Settings, default_home, default_scheduled
     # 12_console.ipynb #settings-lesson
     with tempfile.TemporaryDirectory() as folder:
         nested = Path(folder, "clone", "nbs")
         nested.mkdir(parents=True)
         (nested.parent / "settings.ini").touch()
         assert default_home(nested) == nested.parent / ".srsys"
+        assert default_scheduled(nested) == nested.parent / "scheduled"
         assert default_home(Path(folder)).name == "srsys"  # …/share/srsys, or whatever the platform says
-    with mock.patch.dict(os.environ, {"SRSYS_HOME": "/data/srsys", "SRSYS_MAX_PIXELS": "5000"}, clear=True):
+    with mock.patch.dict(os.environ, {"SRSYS_HOME": "/data/srsys", "SRSYS_SCHEDULED": "/data/scheduled", "SRSYS_MAX_PIXELS": "5000"}, clear=True):
         print(Settings())
 
 

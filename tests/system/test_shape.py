@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     7: "cli",
-    6: "app jobs batch makers",
-    5: "bench tables serve train view console trial intake",
+    6: "app timetable batch makers",
+    5: "bench tables serve train view console trial intake jobs",
     4: "evaluate engine tracking recipes promotion",
     3: "data tiles chains foreign restore registry signals trust drift",
     2: "models losses leaks gate monitor",
@@ -20,7 +20,7 @@ FLOORS = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # packages that few modules know
-ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "papermill": {"jobs"},
+ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "papermill": {"jobs"}, "apscheduler": {"timetable"},
          "typer": {"console", "makers", "cli"}, "pydantic_settings": {"console"}}
 MODULES = sorted(path for path in ROOT.glob("srsys/*.py") if not path.stem.startswith("_"))
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
