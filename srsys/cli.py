@@ -96,10 +96,12 @@ def serve(
     "Serve the page, the API and the metrics until Ctrl-C."
     settings = read_settings()
     from srsys.app import serve as run
+    from srsys.door import Terms
     from srsys.signals import set_up_logs
     set_up_logs(settings.log)
+    terms = Terms(tuple(settings.tokens.get_secret_value().split()), settings.per_minute, settings.patience)
     raise typer.Exit(run(settings.home, host, port, metrics_port, settings.tracking_uri, device or settings.device,
-                         precision or settings.precision, mlflow_port))
+                         precision or settings.precision, mlflow_port, terms=terms))
 
 # %% ../nbs/14_cli.ipynb #run
 class _Pairs(TyperCommand):

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import platformdirs
 import typer
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -43,12 +43,22 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=lambda: default_home(Path.cwd()))
     tracking_uri: str | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
     max_pixels: int = Field(100_000_000, gt=0)  # of one input
+    tokens: SecretStr = SecretStr("")  # who is served, if not everybody: tokens of at least 16 characters, with spaces between
+    per_minute: int = Field(120, gt=0)  # pictures that each token may send
+    patience: float = Field(20, gt=0)  # seconds until a request that does not arrive is given up
     device: str = "auto"
     precision: str = "auto"
     log: Literal["text", "json"] = "text"  # what the server says on stderr: lines for people, or one JSON object each
     scheduled: Path = Field(default_factory=lambda: default_scheduled(Path.cwd()))  # notebooks and timetable
     webhook: str | None = None  # told how each of them ended
     debug: bool = False  # show where an unexpected error came from
+
+    @field_validator("tokens")
+    @classmethod
+    def _long_enough(cls, tokens: SecretStr) -> SecretStr:
+        if any(len(token) < 16 for token in tokens.get_secret_value().split()):
+            raise ValueError("a token has at least 16 characters")
+        return tokens
 
 # %% ../nbs/12_console.ipynb #group
 def plain(text: object) -> str:

@@ -92,7 +92,7 @@ def test_serve():
     # 14_cli.ipynb #serve-lesson
     page = mock.Mock(serve=mock.Mock(return_value=0))  # the real one has a notebook of its own
     with mock.patch.dict("sys.modules", {"srsys.app": page}):
-        assert srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0
+        assert srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0 and page.serve.call_args.kwargs["terms"].tokens == ()
         print(page.serve.call_args.args[1:])
 
 

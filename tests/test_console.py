@@ -26,6 +26,12 @@ def test_settings():
         assert default_home(Path(folder)).name == "srsys"  # …/share/srsys, or whatever the platform says
     with mock.patch.dict(os.environ, {"SRSYS_HOME": "/data/srsys", "SRSYS_SCHEDULED": "/data/scheduled", "SRSYS_MAX_PIXELS": "5000"}, clear=True):
         print(Settings())
+    for tokens, said in [("one-of-16-letters another-of-16-letters", ""), ("one-of-16-letters short", "at least 16 characters")]:
+        with mock.patch.dict(os.environ, {"SRSYS_TOKENS": tokens}, clear=True):
+            try:
+                assert "letters" not in repr(Settings()), "a token is not shown"
+            except ValueError as error:
+                assert said and said in str(error)
 
 
 def test_one_line_when_it_goes_wrong():

@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
-    7: "cli",
-    6: "app timetable batch makers",
-    5: "bench tables serve train view console trial intake jobs",
-    4: "evaluate engine tracking recipes promotion",
-    3: "data tiles chains foreign restore registry signals trust drift",
+    8: "cli",
+    7: "app",
+    6: "serve timetable batch makers",
+    5: "bench tables door train view console trial intake jobs",
+    4: "evaluate engine tracking recipes promotion keeper",
+    3: "data tiles chains foreign restore registry signals trust drift votes",
     2: "models losses leaks gate monitor",
     1: "image fetch metrics degrade",
 }
