@@ -13,9 +13,9 @@ FLOORS = {
     8: "cli",
     7: "app",
     6: "serve timetable batch makers",
-    5: "bench tables door train view console trial intake jobs",
+    5: "bench tables door train view console trial jobs intake",
     4: "evaluate engine tracking recipes promotion keeper",
-    3: "data tiles chains foreign restore registry signals trust drift votes",
+    3: "data tiles chains foreign restore registry signals drift votes trust",
     2: "models losses leaks gate monitor",
     1: "image fetch metrics degrade",
 }
