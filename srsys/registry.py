@@ -201,7 +201,7 @@ def _log_version(store: Store, client, model: models.Model, path: Path, status: 
     # an embedded store would look up models:/ID in MLflow's *default* database, so it is given the folder itself
     source = f"models:/{logged.model_id}" if remote else logged.artifact_location
     return client.create_model_version(name, source, run_id=run, model_id=logged.model_id, tags=tags,
-                                       description=card_markdown(card), await_creation_for=0)
+                                       description=card_markdown(card)[:5000], await_creation_for=0)
 
 # %% ../nbs/06_registry.ipynb #register
 def register(
