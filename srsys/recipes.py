@@ -181,7 +181,7 @@ def fast_x2() -> TrainConfig:
     third = TrainConfig("fast-x2-third", 2, Compact(64, 14, 2), start=second, objective=Objective(l1=0., l2=1.), patch=64, batch=16, lr=3e-4, steps=4_000)
     # shrunk further, the pictures are sharper and cleaner than the held-out ones, which therefore cannot choose among the last steps
     fourth = TrainConfig("fast-x2-fourth", 2, Compact(64, 14, 2), start=third, shrink=(.7, .5), patch=64, batch=16, lr=4e-4, steps=4_500, keep="last")
-    return TrainConfig("fast-x2", 2, Compact(64, 14, 2), start=(third, fourth), patch=64, batch=16, lr=2e-4, steps=1_000, validate_every=250)
+    return TrainConfig("fast-x2", 2, Compact(64, 14, 2), start=(third, fourth), shrink=(.8, .65, .5), patch=64, batch=16, lr=5e-4, steps=8_000)
 
 # %% ../nbs/07_recipes.ipynb #shipped-photo
 _LIGHT = PhotoRecipe(clean_share=0., blur_share=.4, blur=(.1, .6), noise_share=.4, noise=(1., 6.), poisson_share=0., grain_share=0., coarse_share=0., twice_share=0.)
