@@ -23,7 +23,7 @@ from typer.core import TyperCommand
 
 from .console import AsJson, Commands, Device, ModelName, Precision, Screen, Settings, Trust
 from .console import make_console, plain, read_settings, resolve_model
-from .makers import commands
+from . import makers, release
 
 # %% ../nbs/14_cli.ipynb #app
 main = typer.Typer(name="srsys", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -213,4 +213,5 @@ def doctor(as_json: AsJson = False) -> None:
     raise typer.Exit(int(failed))
 
 # %% ../nbs/14_cli.ipynb #join
-main.add_typer(commands)
+main.add_typer(makers.commands)
+main.add_typer(release.commands)

@@ -29,7 +29,7 @@ from .console import AsJson, Commands, Device, ModelName, Pace, Precision, Trust
 # %% ../nbs/13_makers.ipynb #train
 commands = typer.Typer(cls=Commands, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
-shelf = typer.Typer(no_args_is_help=True, help="What models there are.")
+shelf = typer.Typer(invoke_without_command=True, help="What models there are; all of them unless a command follows.")
 commands.add_typer(shelf, name="models")
 
 
@@ -182,17 +182,25 @@ def models_list(as_json: AsJson = False) -> None:
     from srsys.registry import Store, list_versions
     store = Store(settings.home, settings.tracking_uri)
     registered = list_versions(store) if store.exists else []
-    rows = [{"model": v.label, "from": "registry", "aliases": list(v.aliases), "status": v.status, "sha256": v.sha256} for v in registered]
-    rows += [{"model": f"shipped:{name}", "from": "package", "aliases": [], "status": "", "sha256": models.load(path).sha256}
-             for name, path in sorted(models.shipped().items())]
+    rows = [{"model": v.label, "from": "registry", "aliases": list(v.aliases), "status": v.status, "gain": v.gain, "withdrawn": v.withdrawn, "sha256": v.sha256}
+            for v in registered]
+    bare = {"aliases": [], "status": "", "gain": "", "withdrawn": ""}
+    rows += [{"model": f"shipped:{name}", "from": "package", **bare, "sha256": models.load(path).sha256} for name, path in sorted(models.shipped().items())]
     rows += [{"model": f"catalog:{entry.get('register', name)}", "from": "fetched" if (settings.home / "weights" / name).exists() else "catalog",
-              "aliases": [], "status": "", "sha256": entry.get("sha256", "")} for name, entry in sorted(models.catalog().items())]
+              **bare, "sha256": entry.get("sha256", "")} for name, entry in sorted(models.catalog().items())]
     if as_json:
         return typer.echo(json.dumps(rows))
-    table = Table("model", "from", "aliases", "gate", "SHA-256", box=None)
+    table = Table("model", "from", "aliases", "gate", "gain, dB", "SHA-256", box=None)
     for row in rows:
-        table.add_row(row["model"], row["from"], ", ".join(row["aliases"]), row["status"], row["sha256"][:12])
+        gate = row["status"] + (row["withdrawn"] and f", taken back {row['withdrawn']}")
+        table.add_row(row["model"], row["from"], ", ".join(row["aliases"]), gate, row["gain"], row["sha256"][:12])
     make_console().print(table)
+
+
+@shelf.callback()
+def _models(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        models_list()
 
 # %% ../nbs/13_makers.ipynb #models-show
 @shelf.command("show")

@@ -25,7 +25,7 @@ from skimage import data
 from . import evaluate
 from .degrade import imresize
 from .fetch import replacing
-from .gate import Evidence
+from .gate import Evidence, EvidenceError
 from .image import ImageError, Picture, encode_picture, open_picture
 from .models import Model
 from .restore import RestoreError, Restorer
@@ -99,8 +99,9 @@ def colour_shift(
     restorer: Restorer,
 ) -> float:  # levels of 255
     "The most that the mean of a channel moves, over flat patches and a photograph. Raises `RestoreError`."
-    patches = [np.broadcast_to(np.uint8(colour), (32, 32, 3)) for colour in _COLOURS] + [imresize(data.coffee(), .25)]
-    moved = [restorer.restore(Picture(np.ascontiguousarray(p))).pixels.mean((0, 1)) - p.mean((0, 1)) for p in patches]
+    def mean(pixels, edge): return pixels[edge:-edge, edge:-edge].mean((0, 1))
+    patches = [np.broadcast_to(np.uint8(colour), (40, 40, 3)) for colour in _COLOURS] + [imresize(data.coffee(), .25)]
+    moved = [mean(restorer.restore(Picture(np.ascontiguousarray(p))).pixels, 8*restorer.model.scale) - mean(p, 8) for p in patches]
     return round(float(np.abs(moved).max()), 3)
 
 # %% ../nbs/09_trial.ipynb #pace
@@ -189,8 +190,8 @@ def write_evidence(
 def read_evidence(
     path: Path | str,
 ) -> tuple[Evidence, Evidence | None]:
-    "What `write_evidence` wrote. Raises `ValueError` for another file, `OSError` for none."
+    "What `write_evidence` wrote. Raises `EvidenceError` for another file, `OSError` for none."
     try:
         document = json.loads(Path(path).read_text())
         return Evidence.from_dict(document["challenger"]), document["champion"] and Evidence.from_dict(document["champion"])
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path}: expected the evidence of a trial ({e})") from e
+    except (KeyError, TypeError, ValueError) as e: raise EvidenceError(f"{path}: expected the evidence of a trial ({e})") from e

@@ -136,10 +136,10 @@ def test_doctor():
     assert status == 1 and json.loads(output)["engine"].startswith("FAILED: RestoreError")
 
 
-def test_and_the_makers_commands():
+def test_and_the_others_commands():
     # 14_cli.ipynb #join-lesson
     status, out, err = srsys("--help")
     print(out)
     assert status == 0 and srsys("--version")[1].strip() == version("srsys")
-    assert all(name in out for name in ("restore", "serve", "train", "evaluate", "models", "doctor"))
+    assert all(name in out for name in ("restore", "serve", "train", "evaluate", "models", "doctor", "promote", "rollback"))
     assert srsys("restaurate")[0] == 2

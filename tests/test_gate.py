@@ -55,12 +55,13 @@ def show(reasons): print(*(f"{'kept  ' if r.passed else 'BROKEN'}  {r.rule}: {r.
 
 
 def test_what_is_known_of_a_model():
+    from srsys.gate import EvidenceError
     # 04_gate.ipynb #lesson-evidence
     found = evidence(sharp)
     assert Evidence.from_dict(json.loads(json.dumps(found.to_dict()))) == found and found.card_complete
     assert not replace(found, card_missing=("terms",)).card_complete
     try: Evidence.from_dict({"label": "half"})
-    except ValueError as e: print(e)
+    except EvidenceError as e: print(e)
     else: raise AssertionError("half a document is no evidence")
     print(f"{found.label}: {found.slices['validation'].n} patches, {found.slices['validation'].mean.psnr_rgb:.2f} dB, bicubic {found.slices['validation'].bicubic.psnr_rgb:.2f} dB")
 

@@ -114,7 +114,7 @@ def test_models():
     # 13_makers.ipynb #models-lesson
     status, output, errors = srsys("models", "list")
     print("\n".join(output.splitlines()[:6]), "…")
-    assert status == 0 and "shipped:photo-x4" in output
+    assert status == 0 and "shipped:photo-x4" in output and srsys("models")[1] == output
     assert any(row["model"].startswith("catalog:") for row in json.loads(srsys("models", "list", "--json")[1]))
 
     status, output, errors = srsys("models", "show", "shipped:fast-x2", "--json")

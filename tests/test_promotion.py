@@ -77,10 +77,12 @@ def refusal(do, *args):
 
 
 def test_a_challenger():
+    from srsys.promotion import standing
     # 07_promotion.ipynb #lesson-propose
     store = fresh_store()
     assert aliases(store) == "champion 1, challenger 3"
     again = propose(store, tiny(2))
+    assert standing(store, "fern-x2")["challenger"] == again
     assert (again.label, again.aliases, again.status) == ("srsys-fern-x2/2", ("challenger",), "")
     assert propose(store, tiny(1)).aliases == ("champion",) and aliases(store) == "champion 1, challenger 2"
 

@@ -3,6 +3,7 @@ import numpy as np
 from pathlib import Path
 from skimage import data
 from srsys import evaluate
+from srsys.gate import EvidenceError
 from srsys.image import Picture, open_picture
 from srsys.restore import Restorer
 
@@ -47,11 +48,13 @@ def test_files_that_are_meant_to_do_harm():
     assert hostile(restorer) == {"tried": len(files), "failed": []} and len(files) == 20
     pictures = [open_picture(content).pixels for content, good in files.values() if good]
     names = [name for name, (_, good) in files.items() if good]
-    _, axes = plt.subplots(1, len(pictures), figsize=(13, 1.4), dpi=48)
-    for ax, name, pixels in zip(axes, names, pictures, strict=True):
+    figure, axes = plt.subplots(2, 7, figsize=(10, 3.2), dpi=56)
+    for ax in axes.flat: ax.axis("off")
+    figure.patch.set_facecolor("lightsteelblue")  # white and one-pixel pictures are to be seen, too
+    for ax, name, pixels in zip(axes.flat, names, pictures, strict=False):
         ax.imshow((pixels if pixels.dtype == np.uint8 else pixels//257)[..., :3 if pixels.shape[2] > 2 else 1].squeeze(2 if pixels.shape[2] < 3 else ()), cmap="grey", vmin=0, vmax=255)
-        ax.set_title(name, fontsize=6)
-        ax.axis("off")
+        ax.set_title(name, fontsize=9)
+    plt.tight_layout()
     plt.show()
     print(*[name for name, (_, good) in files.items() if not good], sep=", ")
 
@@ -133,5 +136,5 @@ def test_evidence_json():
         for text in ("{}", "[]", "half a fi", '{"challenger": {}, "champion": null}'):
             path.write_text(text)
             try: read_evidence(path)
-            except ValueError as e: print(str(e).replace(folder, "…"))
+            except EvidenceError as e: print(str(e).replace(folder, "…"))
             else: raise AssertionError("that is no evidence")

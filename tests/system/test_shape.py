@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     8: "cli",
     7: "app",
-    6: "serve timetable batch makers",
+    6: "serve timetable batch makers release",
     5: "bench tables door train view console trial jobs intake",
     4: "evaluate engine tracking recipes promotion keeper",
     3: "data tiles chains foreign restore registry signals drift votes trust",
@@ -22,7 +22,7 @@ FLOORS = {
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # packages that few modules know
 ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "papermill": {"jobs"}, "apscheduler": {"timetable"},
-         "typer": {"console", "makers", "cli"}, "pydantic_settings": {"console"}}
+         "typer": {"console", "makers", "release", "cli"}, "pydantic_settings": {"console"}}
 MODULES = sorted(path for path in ROOT.glob("srsys/*.py") if not path.stem.startswith("_"))
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
 
