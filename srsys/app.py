@@ -34,8 +34,9 @@ from starlette.exceptions import HTTPException
 
 from . import image, registry, restore, serve as service, signals, view
 from .door import ROUTES, Patient, Terms
-from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, load_table, refusal
+from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, refusal
 from .keeper import mlflow_command, start_kept
+from .swap import load_table
 
 # %% ../nbs/10_app.ipynb #desk
 _log = logging.getLogger("srsys.app")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'TILE', 'RestoreError', 'Cancelled', 'result_size', 'fit_scale', 'choose_device', 'choose_precision', 'Span',
-           'spans', 'bands', 'through', 'restore_tile', 'RowPReLU', 'ready', 'Plan', 'Restorer']
+           'spans', 'bands', 'through', 'restore_tile', 'RowPReLU', 'ready', 'Plan', 'Restorer', 'Tile', 'steps',
+           'together', 'run_tiles']
 
 # %% ../nbs/05_restore.ipynb #imports
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,25 +119,25 @@ def bands(
         yield np.pad(kept, ((0, span.stop - top - len(kept)), (0, -header.width % multiple), (0, 0)), mode="edge")
 
 # %% ../nbs/05_restore.ipynb #through
-def _network(net, planes_hwc, scale, precision):
+def _network(net, planes_nhwc, scale, precision):
     "One or three channels of integers → the same number of float32 channels in about [0, 1]"
-    top, device = np.iinfo(planes_hwc.dtype).max, next(net.parameters(), torch.empty(0)).device
-    lr = torch.from_numpy(np.ascontiguousarray(planes_hwc)).to(device).expand(-1, -1, 3)
-    lr_nchw = lr.permute(2, 0, 1)[None].to(torch.float32, memory_format=torch.channels_last).div_(top)
+    top, device = np.iinfo(planes_nhwc.dtype).max, next(net.parameters(), torch.empty(0)).device
+    lr = torch.from_numpy(np.ascontiguousarray(planes_nhwc)).to(device).expand(-1, -1, -1, 3)
+    lr_nchw = lr.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(top)
     with torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32"): hr_nchw = net(lr_nchw)
-    expected = (1, 3, lr_nchw.shape[2]*scale, lr_nchw.shape[3]*scale)
+    expected = (len(lr_nchw), 3, lr_nchw.shape[2]*scale, lr_nchw.shape[3]*scale)
     if hr_nchw.shape != expected: raise RestoreError(f"the network returned a tensor of {tuple(hr_nchw.shape)}, not {expected}")
-    hr_hwc = hr_nchw[0].float().permute(1, 2, 0)
-    return hr_hwc if planes_hwc.shape[2] == 3 else hr_hwc.mean(2, keepdim=True)
+    hr_nhwc = hr_nchw.float().permute(0, 2, 3, 1)
+    return hr_nhwc if planes_nhwc.shape[3] == 3 else hr_nhwc.mean(3, keepdim=True)
 
 
-def _alpha(net, alpha_hwc, scale, precision, reach):
+def _alpha(net, alpha_nhwc, scale, precision, reach):
     "Alpha through the network, except where it is flat as far as `reach`"
-    exact = torch.from_numpy(alpha_hwc[None, ..., 0].astype(np.float32)).div_(np.iinfo(alpha_hwc.dtype).max)
+    exact = torch.from_numpy(alpha_nhwc[..., 0].astype(np.float32)).div_(np.iinfo(alpha_nhwc.dtype).max)
     high, low = (sign*F.max_pool2d(sign*exact, 2*reach + 1, 1, reach) for sign in (1, -1))
-    copied = F.interpolate(torch.stack([exact, (high == low).float()], 1), scale_factor=scale)[0].permute(1, 2, 0)
+    copied = F.interpolate(torch.stack([exact, (high == low).float()], 1), scale_factor=scale).permute(0, 2, 3, 1)
     if copied[..., 1].all(): return copied[..., :1]
-    computed = _network(net, alpha_hwc, scale, precision)
+    computed = _network(net, alpha_nhwc, scale, precision)
     copied = copied.to(computed.device)
     return torch.where(copied[..., 1:] > 0, copied[..., :1], computed)
 
@@ -144,35 +145,41 @@ def _alpha(net, alpha_hwc, scale, precision, reach):
 @torch.inference_mode()
 def through(
     net: torch.nn.Module,
-    window_hwc: np.ndarray,  # 1 to 4 channels, uint8 or uint16
+    window_hwc: np.ndarray,  # 1 to 4 channels, uint8 or uint16; or several of one shape, (n, height, width, channels)
     scale: int,              # the network's
     precision: str = "float32",
     reach: int = 2,          # how far alpha must be flat to be copied
-) -> torch.Tensor:           # (height·scale, width·scale, channels) float32, in about [0, 1]
+) -> torch.Tensor:           # (height·scale, width·scale, channels) float32, in about [0, 1]; or n of them
     "Colours and alpha through the network. Raises `RestoreError` if it returns another shape."
-    colours = window_hwc.shape[2] - 1 + window_hwc.shape[2] % 2
+    if window_hwc.ndim == 3: return through(net, window_hwc[None], scale, precision, reach)[0]
+    colours = window_hwc.shape[3] - 1 + window_hwc.shape[3] % 2
     parts = [_network(net, window_hwc[..., :colours], scale, precision)]
-    if colours < window_hwc.shape[2]: parts.append(_alpha(net, window_hwc[..., colours:], scale, precision, reach))
-    return torch.cat(parts, 2)
+    if colours < window_hwc.shape[3]: parts.append(_alpha(net, window_hwc[..., colours:], scale, precision, reach))
+    return torch.cat(parts, 3)
+
+# %% ../nbs/05_restore.ipynb #levels
+@torch.inference_mode()
+def _levels(net, windows_nhwc, core, model, precision):
+    "The cores of windows of one shape, scaled, in their type; None if that is no picture"
+    top, bottom, left, right = (n*model.scale for n in core)
+    limit = np.iinfo(windows_nhwc.dtype).max
+    hr_nhwc = through(net, windows_nhwc, model.scale, precision, min(model.overlap, 2))[:, top:bottom, left:right]
+    black = windows_nhwc[..., 0].any((1, 2)) & (hr_nhwc[..., 0].amax((1, 2)).cpu().numpy()*limit < .5)
+    if (precision != "float32" and black.any()) or not hr_nhwc.sum().isfinite(): return None
+    return (hr_nhwc.clamp(0, 1)*limit + .5).to(torch.uint8 if limit == 255 else torch.uint16).cpu().numpy()
 
 # %% ../nbs/05_restore.ipynb #tile
-@torch.inference_mode()
 def restore_tile(
     net: torch.nn.Module,
     window_hwc: np.ndarray,  # what the network may see, uint8 or uint16
     core: tuple[int, int, int, int],  # top, bottom, left, right of what is kept, inside the window
     model: Model,            # for its scale, overlap and block size
     precision: str,
-) -> tuple[np.ndarray, int]:  # the core, scaled, in the window's type; and how often it was cut for want of memory
+) -> tuple[np.ndarray, int, int]:  # the core, scaled, in the window's type; how often it was cut for want of memory; how often computed again in float32
     "Restore one tile. Raises `RestoreError` if that fails."
-    top, bottom, left, right = (n*model.scale for n in core)
-    limit, reach = np.iinfo(window_hwc.dtype).max, min(model.overlap, 2)
     try:
         for attempt in dict.fromkeys([precision, "float32"]):
-            hr_hwc = through(net, window_hwc, model.scale, attempt, reach)[top:bottom, left:right]
-            if hr_hwc.sum().isfinite():
-                levels = (hr_hwc.clamp(0, 1)*limit + .5).to(torch.uint8 if limit == 255 else torch.uint16)
-                return levels.cpu().numpy(), 0
+            if (levels := _levels(net, window_hwc[None], core, model, attempt)) is not None: return levels[0], 0, int(attempt != precision)
         raise RestoreError("the network returned NaN or infinity, so its weights are broken")
     except RestoreError: raise
     except Exception as e:
@@ -192,14 +199,14 @@ def _in_halves(net, window_hwc, core, model, precision):
     block = model.multiple_of
     if stop - start <= max(32, block): raise RestoreError(f"out of memory, even for a tile of {core[3] - core[2]}×{core[1] - core[0]} pixels")
     middle, overlap = (start + stop)//2//block*block, -(-model.overlap//block)*block
-    halves, cuts = [], 1
+    halves, cuts, again = [], 1, 0
     for low, high, inner in [(0, middle + overlap, (start, middle)), (max(middle - overlap, 0), None, (middle, stop))]:
         half = window_hwc[(slice(None),)*axis + (slice(low, high),)]
         inner = (inner[0] - low, inner[1] - low)
-        part, n = restore_tile(net, half, core[:2*axis] + inner + core[2*axis + 2:], model, precision)
+        part, n, m = restore_tile(net, half, core[:2*axis] + inner + core[2*axis + 2:], model, precision)
         halves.append(part)
-        cuts += n
-    return np.concatenate(halves, axis), cuts
+        cuts, again = cuts + n, again + m
+    return np.concatenate(halves, axis), cuts, again
 
 # %% ../nbs/05_restore.ipynb #ready
 class RowPReLU(torch.nn.PReLU):
@@ -228,7 +235,7 @@ TILE = 512
 
 @dataclass(frozen=True)
 class Plan:
-    "What restoring a picture takes and gives; `retries` counts tiles that were cut for want of memory"
+    "What restoring a picture takes and gives; `retries` counts tiles that were cut for want of memory, `again` those that low precision spoiled"
     width: int   # of the result
     height: int
     scale: float  # asked for
@@ -239,6 +246,7 @@ class Plan:
     precision: str
     notes: tuple[str, ...] = ()
     retries: int = 0
+    again: int = 0
 
 
 def _grid(restorer, header): return [spans(n, restorer.tile, restorer.model.overlap, restorer.model.multiple_of) for n in (header.height, header.width)]
@@ -283,7 +291,7 @@ class Restorer:
         on_tile: Callable[[int, int], object] | None = None,  # called with (done, total); what it raises ends the work
     ) -> Plan:
         "Restore row by row, in memory bounded by a band of tiles. Raises `RestoreError`; what was written until then is no picture."
-        return _stream(self, self.plan(header, scale), header, read_rows, write_rows, on_tile)
+        return _stream(self, header, read_rows, write_rows, scale, on_tile)
 
     def restore(self,
         picture: Picture,
@@ -293,32 +301,82 @@ class Restorer:
         "Restore a picture that is in memory. Raises `RestoreError`."
         return _restore(self, picture, scale, on_tile)
 
-# %% ../nbs/05_restore.ipynb #stream
-def _tiles(restorer, band, row, across, precision):
-    "Restore the tiles of one band, from left to right"
-    model, vertical = restorer.model, (row.core_start - row.start, row.core_stop - row.start)
-    for column in across:
-        core = (*vertical, column.core_start - column.start, column.core_stop - column.start)
-        try: yield restore_tile(restorer.net, band[:, column.start:column.stop], core, model, precision)
-        except RestoreError as e: raise RestoreError(f"tile at {column.core_start}, {row.core_start}: {e}") from e
+# %% ../nbs/05_restore.ipynb #steps
+@dataclass(frozen=True, eq=False)
+class Tile:
+    "What a picture needs next"
+    window: np.ndarray  # (height, width, channels)
+    core: tuple[int, int, int, int]
+    precision: str
+    at: tuple[int, int]  # left, top of its core in the picture
+
+    @property
+    def alike(self) -> tuple:
+        "Tiles of which this is equal can be run together"
+        return self.window.shape, self.window.dtype, self.core, self.precision
 
 
-def _stream(restorer, plan, header, read_rows, write_rows, on_tile):
+def steps(
+    restorer: Restorer,
+    header: Header,
+    read_rows: Callable[[int], np.ndarray],  # as for `Restorer.stream`
+    write_rows: Callable[[np.ndarray], object],
+    wanted_scale: float | None = None,
+) -> Generator[Tile | None, tuple | None, Plan]:
+    "The work of `stream` as a generator, so that others can go in between: send it what `run_tiles` made of each tile, and None for None."
+    plan = restorer.plan(header, wanted_scale)
     scale, (down, across) = restorer.model.scale, _grid(restorer, header)
     native, wanted = (header.height*scale, header.width*scale), (plan.height, plan.width)
-    resizer, done, retries = (RowResizer(native, wanted) if native != wanted else None), 0, 0
+    resizer, retries, again = (RowResizer(native, wanted) if native != wanted else None), 0, 0
     for row, band in zip(down, bands(read_rows, header, down, restorer.model.multiple_of), strict=True):
         tiles = []
-        for tile, cuts in _tiles(restorer, band, row, across, plan.precision):
-            tiles.append(tile)
-            done, retries = done + 1, retries + cuts
-            if on_tile: on_tile(done, plan.tiles)
+        for column in across:
+            core = (row.core_start - row.start, row.core_stop - row.start, column.core_start - column.start, column.core_stop - column.start)
+            levels, cuts, spoiled = yield Tile(band[:, column.start:column.stop], core, plan.precision, (column.core_start, row.core_start))
+            tiles.append(levels)
+            retries, again = retries + cuts, again + spoiled
         rows = np.concatenate(tiles, 1)[:(header.height - row.core_start)*scale, :native[1]]
         for at in range(0, len(rows), 64):  # strips, because resizing takes many times their memory
             strip = rows[at:at + 64] if resizer is None else resizer.push(rows[at:at + 64])
             if len(strip): write_rows(strip)
-    short = f"memory was short: tiles were cut smaller {retries} times"
-    return replace(plan, retries=retries, notes=plan.notes + (short,)*bool(retries))
+            if resizer: yield None
+    notes = (f"memory was short: tiles were cut smaller {retries} times",)*bool(retries) + (f"{again} tiles were computed again in float32",)*bool(again)
+    return replace(plan, retries=retries, again=again, notes=plan.notes + notes)
+
+# %% ../nbs/05_restore.ipynb #run-tiles
+def together(restorer: Restorer, tile: Tile) -> int:
+    "How many tiles like this one are worth running in one go: many small ones, one large one"
+    pixels = tile.window.shape[0]*tile.window.shape[1]
+    return min(max((128 if restorer.device.type == "cpu" else 1024)**2//pixels, 1), 16)
+
+
+def run_tiles(
+    restorer: Restorer,
+    tiles: list[Tile],  # all `alike`
+) -> list[tuple | RestoreError]:  # for each what its generator is to be sent, or thrown
+    "Tiles through the network, several in one go"
+    first, levels = tiles[0], None
+    if len(tiles) > 1:
+        try: levels = _levels(restorer.net, np.stack([t.window for t in tiles]), first.core, restorer.model, first.precision)
+        except Exception: levels = None  # then each goes alone, and only the one that is to blame fails
+    return [(one, 0, 0) for one in levels] if levels is not None else [_alone(restorer, tile) for tile in tiles]
+
+
+def _alone(restorer, tile):
+    try: return restore_tile(restorer.net, tile.window, tile.core, restorer.model, tile.precision)
+    except RestoreError as e: return RestoreError(f"tile at {tile.at[0]}, {tile.at[1]}: {e}")
+
+
+def _stream(restorer, header, read_rows, write_rows, scale, on_tile):
+    work, answer, done = steps(restorer, header, read_rows, write_rows, scale), None, 0
+    total = restorer.plan(header, scale).tiles
+    while True:
+        try: tile = work.send(answer)
+        except StopIteration as end: return end.value
+        answer = _alone(restorer, tile) if tile else None
+        if isinstance(answer, RestoreError): raise answer
+        done += bool(tile)
+        if tile and on_tile: on_tile(done, total)
 
 # %% ../nbs/05_restore.ipynb #whole-picture
 def _restore(restorer, picture, scale, on_tile):

@@ -44,6 +44,7 @@ class Metrics:
         self.rejected = Counter("rejected_images", "Refused for what they are.", ["reason"], **on)
         self.batch = Histogram("batch_size", "Tiles that went through the network together.", buckets=(1, 2, 4, 8, 16, 32, 64), **on)
         self.retries = Counter("oom_retries", "Tiles cut smaller for want of memory.", **on)
+        self.again = Counter("precision_retries", "Tiles that low precision spoiled, computed again in float32.", **on)
         self.images = Counter("images_processed", "Restored pictures.", **on)
         self.pixels = Counter("output_pixels", "Pixels of restored pictures.", **on)
         self.models = Gauge("model_info", "Models in use.", ["name", "version", "alias", "sha"], **on)

@@ -10,7 +10,8 @@ import threading
 from fastapi import FastAPI
 from pathlib import Path
 from srsys import image, registry, view
-from srsys.engine import Ask, Engine, Job, Table, load_table
+from srsys.engine import Ask, Engine, Job, Table
+from srsys.swap import load_table
 
 # 10_app.ipynb #lesson-imports
 import contextlib
@@ -26,7 +27,7 @@ from fastapi.testclient import TestClient
 from skimage import data
 
 from srsys import models
-from srsys.engine import Limits, run_ask
+from srsys.engine import Limits, flow
 
 # 10_app.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
@@ -112,12 +113,12 @@ def test_behind_the_page():
     for token, model, size in [(on_shelf(desk, broken), "photo", "2"), ("0" * 32, "photo", "2"), (on_shelf(desk, picture_file()), "mystery", "2"),
                                (on_shelf(desk, picture_file()), "photo", "100x50")]:
         print(re.sub("<.*?>", "", steps(desk, token, model, size)[-1].said))
-    with mock.patch("srsys.engine.run_ask", side_effect=KeyError("/home/me")), mock.patch.object(_log, "exception") as logged:
+    with mock.patch("srsys.engine.flow", side_effect=KeyError("/home/me")), mock.patch.object(_log, "exception") as logged:
         print(re.sub("<.*?>", "", steps(desk, on_shelf(desk, picture_file()))[-1].said))
     assert logged.called
 
     # 10_app.ipynb #lesson-desk-cancel
-    pressed, original = threading.Event(), run_ask
+    pressed, original = threading.Event(), flow
 
 
     def held_up(*args):
@@ -134,7 +135,7 @@ def test_behind_the_page():
         return said
 
 
-    with mock.patch("srsys.engine.run_ask", held_up):
+    with mock.patch("srsys.engine.flow", held_up):
         said = run(press_cancel())
     print(said[0], "→", said[-1])
     assert said[-1].startswith("Cancelled")
@@ -223,7 +224,7 @@ def test_all_of_it_with_one_command():
         page, metrics, _ = re.findall(r"http://\S+", said.getvalue())
         until(lambda: httpx.get(page + "/readyz").status_code == 200)
         assert httpx.get(page).status_code == 200
-        assert "srsys_queue_capacity 16.0" in httpx.get(metrics).text
+        assert "srsys_queue_capacity 32.0" in httpx.get(metrics).text
         stop.set()
         thread.join(30)
     assert "mlflow" in child.call_args.args[0] and child.return_value.stdin.close.called, "MLflow's page was started, and ended"

@@ -74,6 +74,10 @@ def overflows(x):
     if torch.is_autocast_enabled("cpu"): return float("inf")
 
 
+def blackens(x):
+    if torch.is_autocast_enabled("cpu"): return -9.
+
+
 def needs_memory(x, most=70*70):
     if x.shape[2]*x.shape[3] > most: raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
@@ -155,11 +159,15 @@ def test_one_tile_and_what_can_go_wrong_with_it():
         return restore_tile(model.net, pixels, (0, len(pixels), 0, pixels.shape[1]), model, precision)
 
 
-    expected, cuts = whole_tile(LOOKS[2], PHOTO)
-    assert expected.shape == (240, 320, 3) and cuts == 0
-    assert np.array_equal(whole_tile(failing(overflows), PHOTO, "bfloat16")[0], expected), "computed again in float32"
+    expected, cuts, again = whole_tile(LOOKS[2], PHOTO)
+    assert expected.shape == (240, 320, 3) and cuts == again == 0
+    for trouble in (overflows, blackens):
+        pixels, _, again = whole_tile(failing(trouble), PHOTO, "bfloat16")
+        assert np.array_equal(pixels, expected) and again == 1, "computed again in float32"
+    black, _, again = whole_tile(NEAREST[2], PHOTO*0, "bfloat16")
+    assert black.max() == again == 0, "a black picture is a picture"
     for pixels in (PHOTO, PHOTO[:, :90]):
-        small, cuts = whole_tile(failing(needs_memory), pixels)
+        small, cuts, _ = whole_tile(failing(needs_memory), pixels)
         assert np.abs(small.astype(int) - whole_tile(LOOKS[2], pixels)[0]).max() <= 1 and cuts > 2, "cut where needed, and nobody sees where"
 
     # 05_restore.ipynb #lesson-tile-fails
@@ -200,6 +208,33 @@ def test_the_restorer():
 
 
     print(refusal(engine.restore, picture(PHOTO), on_tile=stop_at_3))
+
+
+def test_others_in_between():
+    from srsys.restore import run_tiles, steps, together
+    # 05_restore.ipynb #lesson-steps
+    def in_turn(engine, pictures, scale=None):
+        "Pictures of one size, a tile of each at a time"
+        rows, made = [iter(p) for p in pictures], [[] for _ in pictures]
+        works = [steps(engine, picture(p).header, lambda n, r=r: next(r)[None], out.append, scale) for p, r, out in zip(pictures, rows, made, strict=True)]
+        tiles = [next(work) for work in works]
+        while not all(tile == "done" for tile in tiles):
+            answers = run_tiles(engine, tiles) if all(tiles) else [None]*len(works)
+            for i, work in enumerate(works):
+                try: tiles[i] = work.send(answers[i])
+                except StopIteration: tiles[i] = "done"
+        return [np.concatenate(out) for out in made]
+
+
+    three = [PHOTO[:40, :30], PHOTO[40:80, 50:80], PHOTO[80:, 90:120]]
+    for precision in ("float32", "bfloat16"):
+        engine = Restorer(LOOKS[4], "cpu", precision, tile=40 if precision == "bfloat16" else 33)
+        for scale in (None, 3):
+            assert all(np.array_equal(a, engine.restore(picture(p), scale).pixels) for a, p in zip(in_turn(engine, three, scale), three, strict=True))
+    tile = next(steps(engine, picture(three[0]).header, lambda n: three[0], print))
+    assert together(engine, tile) == 13 and together(engine, dataclasses.replace(tile, window=np.tile(PHOTO, (9, 9, 1)))) == 1
+    assert np.array_equal(in_turn(Restorer(failing(blackens), "cpu", "bfloat16"), three)[0], restored(failing(blackens), three[0])), "alone, and again in float32"
+    print(*run_tiles(Restorer(failing(breaks), "cpu"), [tile, tile]), sep="\n")
 
 
 def test_tiled_equals_whole():

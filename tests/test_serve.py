@@ -19,7 +19,8 @@ from fastapi.testclient import TestClient
 from skimage import data
 
 from srsys import image, models
-from srsys.engine import load_table, refusal
+from srsys.engine import refusal
+from srsys.swap import load_table
 
 # 09_serve.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()

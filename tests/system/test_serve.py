@@ -105,8 +105,8 @@ def test_an_endless_upload_is_cut_off(served):
 
 def test_a_full_waiting_room_says_so_and_loses_nobody(served):
     content = png(np.tile(SMALL, (2, 2, 1)))
-    with concurrent.futures.ThreadPoolExecutor(40) as crowd, httpx.Client(limits=httpx.Limits(max_connections=40)) as client:
-        answers = list(crowd.map(lambda _: send(served, content, client=client, model="photo-x4"), range(40)))
+    with concurrent.futures.ThreadPoolExecutor(90) as crowd, httpx.Client(limits=httpx.Limits(max_connections=90)) as client:
+        answers = list(crowd.map(lambda _: send(served, content, client=client, model="photo-x4"), range(90)))
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)

@@ -14,9 +14,10 @@ FLOORS = {
     7: "app",
     6: "serve timetable batch makers release",
     5: "bench tables door train view console trial jobs intake",
-    4: "evaluate engine tracking recipes promotion keeper",
+    4.5: "engine",
+    4: "evaluate tracking recipes promotion keeper swap admission",
     3: "data tiles chains foreign restore registry signals drift votes trust",
-    2: "models losses leaks gate monitor",
+    2: "models losses leaks gate monitor workers",
     1: "image fetch metrics degrade",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
