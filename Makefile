@@ -31,10 +31,11 @@ lab: $(READY) ## the notebooks in JupyterLab, which cleans each as it saves it
 docs: $(READY) ## the pages, from the outputs stored in the notebooks, in _docs/index.html
 	$(BIN)/python nbs/_pages/docs.py
 
-export: $(READY) ## package, tests and README from the notebooks
+export: $(READY) ## package, tests, README and dashboards from the notebooks
 	$(BIN)/python tests/generate.py
 	$(BIN)/nbdev_export
 	$(BIN)/python nbs/_pages/readme.py
+	$(BIN)/python -c "from pathlib import Path; from srsys.dashboards import write_dashboards as w; w(Path('docker/monitoring/grafana/dashboards'))"
 
 check: export ## what a commit must pass: exported, clean, linted
 	$(BIN)/nbdev_clean

@@ -21,7 +21,7 @@ class Served:
         self.process = subprocess.Popen(
             [SRSYS, "serve", "--port", "0", "--metrics-port", "0", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "2"})
-        lines, self.said = queue.Queue(), []
+        self.home, lines, self.said = home, queue.Queue(), []
         threading.Thread(target=lambda: [lines.put(line) for line in iter(self.process.stdout.readline, "")] and lines.put(""), daemon=True).start()
         end = time.monotonic() + within
         while "Ctrl-C" not in "".join(self.said):

@@ -15,7 +15,7 @@ FLOORS = {
     6: "serve timetable batch makers release",
     5: "bench tables door train view console trial jobs intake",
     4.5: "engine",
-    4: "evaluate tracking recipes promotion keeper swap admission",
+    4: "evaluate tracking recipes promotion keeper swap admission dashboards",
     3: "data tiles chains foreign restore registry signals drift votes trust",
     2: "models losses leaks gate monitor workers",
     1: "image fetch metrics degrade",

@@ -1,0 +1,159 @@
+"""What the operator is told: the rules by promtool, then a real Prometheus and Alertmanager around a real server; and its log."""
+import io
+import json
+import logging
+import re
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from srsys import app, serve, signals
+from srsys.dashboards import MODELS, SERVICE
+from srsys.engine import Engine, Table
+
+pytestmark = pytest.mark.timeout(600)
+MONITORING = Path(__file__).resolve().parents[2] / "docker/monitoring"
+QUERIES = [query for rows in (SERVICE, MODELS) for row in rows.values() for panel in row for query in panel.queries.values()]
+
+
+def wait_for(find, seconds=150):
+    "What is found at last; it is looked for again until it is something."
+    end = time.monotonic() + seconds
+    while not (found := find()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+    return found
+
+
+def promtool(system_package, *words):
+    done = subprocess.run([system_package("promtool"), *map(str, words)], capture_output=True, text=True, cwd=MONITORING, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_accepts_configuration_and_rules(system_package):
+    promtool(system_package, "check", "config", "prometheus.yml")
+
+
+@pytest.mark.parametrize("tests", sorted(path.name for path in MONITORING.glob("tests/*.yml")))
+def test_alerts_fire_when_they_should_and_only_then(system_package, tests):
+    promtool(system_package, "test", "rules", f"tests/{tests}")
+
+
+def test_every_alert_is_unit_tested():
+    named = set(re.findall(r"alert: (\w+)", (MONITORING / "rules/alerts.yml").read_text()))
+    tested = "".join(path.read_text() for path in MONITORING.glob("tests/*.yml"))
+    assert len(named) == 9 and not [name for name in named if name not in tested]
+
+
+@pytest.fixture
+def started(tmp_path):
+    "Starts programs that say in their log where they listen; ends them with the test."
+    running = []
+
+    def start(name, *command):
+        log = tmp_path / f"{name}.log"
+        with open(log, "wb") as said:
+            running.append(subprocess.Popen([*map(str, command), "--web.listen-address=127.0.0.1:0"], stdout=said, stderr=said, cwd=tmp_path))
+        return "http://" + wait_for(lambda: re.search(r'msg="Listening on" address=(\S+)', log.read_text()))[1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait(30)
+
+
+@pytest.fixture
+def watched(system_package, started, served, tmp_path):
+    "Asks a real Prometheus that watches a real server, with a real Alertmanager beside it."
+    folder, here = shutil.copytree(MONITORING, tmp_path / "monitoring"), urlsplit(served.metrics).netloc
+
+    def adapt(name, **changes):
+        text = (folder / name).read_text()
+        for old, new in changes.values():
+            assert old in text
+            text = text.replace(old, new)
+        (folder / name).write_text(text)
+
+    adapt("alertmanager.yml", host=("app:9464", here))
+    adapt("rules/alerts.yml", patience=("for: 2h", "for: 0s"))
+    alertmanager = started("alertmanager", system_package("prometheus-alertmanager"), f"--config.file={folder}/alertmanager.yml", "--storage.path=alerts",
+                           "--cluster.listen-address=")
+    adapt("prometheus.yml", host=("app:9464", here), other=("alertmanager:9093", urlsplit(alertmanager).netloc), pace=(": 15s", ": 1s"))
+    prometheus = started("prometheus", system_package("prometheus"), f"--config.file={folder}/prometheus.yml", "--storage.tsdb.path=series")
+
+    def ask(query):
+        answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=60).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]["result"]
+
+    return ask
+
+
+@pytest.fixture
+def left(served):
+    "What jobs left: `etl` was here just now, `monitor` four hours ago, and then it found that the noise had drifted."
+    files = [signals.leave_signals(served.home / "metrics", "etl"), signals.leave_signals(served.home / "metrics", "monitor", {"noise": 0.4}, time.time() - 4 * 3600)]
+    yield
+    for file in files:
+        file.unlink()
+
+
+def test_prometheus_sees_what_the_dashboards_show_and_drift_reaches_the_server_again(left, watched, served):
+    content = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(data.astronaut()[:64, 180:260])).save(content, "PNG")
+    answer = httpx.post(served.page + "/v1/restore", files={"file": ("cat.png", content.getvalue())}, data={"model": "fast-x2"}, timeout=200)
+    assert answer.status_code == 200
+    wait_for(lambda: any(float(one["value"][1]) for one in watched('srsys_images_processed_total')))
+    missing = {re.sub(r'\$instance', ".*", query.replace("$__rate_interval", "30s")) for query in QUERIES}
+    assert len(missing) > 30
+
+    def all_drawn():
+        missing.difference_update([query for query in missing if watched(query)])
+        return not missing
+
+    try:
+        wait_for(all_drawn)
+    except AssertionError:
+        raise AssertionError(f"nothing to draw for {missing}") from None
+    [stale] = wait_for(lambda: watched('ALERTS{alertname="SrsysJobStale", alertstate="firing"}'))
+    assert stale["metric"]["job"] == "monitor" and not watched('ALERTS{alertname=~"SrsysDown|SrsysModelAbsent|SrsysNoChampion|SrsysQueueFilling"}')
+    [asking] = wait_for(lambda: signals.firing_alerts(served.home / "alerts.db"))
+    assert asking.name == "SrsysDrift" and "noise, D = 0.40" in asking.summary
+
+
+def test_the_log_is_json_and_tells_no_names(tmp_path):
+    "Requests that succeed, that are refused, and one that meets a mistake of ours; each line with the id that its answer has."
+    before, written, stop = (logging.root.handlers[:], logging.root.level), io.StringIO(), threading.Event()
+    engine = Engine(lambda: Table(broken={"photo-x4": "lost"}))
+    claimed = app.claim_port("127.0.0.1", 0, "--port")
+    address = "http://{}:{}".format(*claimed.getsockname())
+    signals.set_up_logs("json", written)
+    server = threading.Thread(target=app.Server(serve.create_app(engine, tmp_path / "feedback.db"), engine, stop).run, args=[[claimed]])
+    server.start()
+    try:
+        wait_for(lambda: engine.table)
+        answers = [httpx.get(f"{address}/v1/models"), httpx.get(f"{address}/livez"),
+                   httpx.post(f"{address}/v1/restore", files={"file": ("grandmother.jpg", b"not a picture, sent from 52.5200 N 13.4050 E")})]
+        engine.table = Table(served={"photo-x4": (None, None)})
+        answers.append(httpx.get(f"{address}/v1/models"))
+    finally:
+        stop.set()
+        server.join(60)
+        logging.root.handlers[:], logging.root.level = before
+        claimed.close()
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    listed, alive, refused, failed = [[line for line in lines if line["request_id"] == answer.headers["x-request-id"]] for answer in answers]
+    assert [(line["route"], line["code"]) for line in listed] == [("/v1/models", 200)] and alive == []
+    assert [(line["route"], line["code"], line["error"]) for line in refused] == [("/v1/restore", answers[2].status_code, answers[2].json()["error"])]
+    assert answers[3].status_code == 500 and {line["level"] for line in failed} == {"WARNING", "ERROR"}
+    assert any("AttributeError" in line.get("exc_info", "") for line in failed) and all(line["seconds"] > 0 for line in listed + refused)
+    assert "grandmother" not in written.getvalue() and "13.4050" not in written.getvalue()
