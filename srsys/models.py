@@ -151,6 +151,7 @@ class Card:
     steps: int = 0
     scores: dict = field(default_factory=dict)  # {"Set5 ×4 bicubic": {"psnr_y": …, …}, …}
     notes: str = ""
+    trust: dict = field(default_factory=dict)  # `trust.Thresholds`
 
     def to_json(self) -> str:
         "The text that goes into the header"
