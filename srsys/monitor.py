@@ -288,7 +288,7 @@ class State:
     votes: int = 0
     alerts: tuple[str, ...] = ()            # that fire and ask for a training
 
-
+# %% ../nbs/05_monitor.ipynb #retrain-rules
 @dataclass(frozen=True)
 class RetrainRules:
     "When to train"
