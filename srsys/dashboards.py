@@ -134,7 +134,8 @@ SERVICE = {
         Panel("Requests being answered", "short", {"{{instance}}": f"srsys_inflight_requests{HERE}"}),
         Panel("Pixels made a second", "short", {"{{instance}}": f"sum by (instance) (rate(srsys_output_pixels_total{HERE}{_EACH}))"}),
         Panel("Tiles together in one batch, mean", "short", {"": f"sum(rate(srsys_batch_size_sum{HERE}{_EACH})) / sum(rate(srsys_batch_size_count{HERE}{_EACH}))"}),
-        Panel("Tiles cut smaller for want of memory", "short", {"{{instance}}": f"sum by (instance) (increase(srsys_oom_retries_total{HERE}[1h]))"}, about="In the last hour. Each costs time: ask for smaller tiles, or larger machines.")],
+        Panel("Tiles made twice, in an hour", "short", {"for want of memory": f"sum(increase(srsys_oom_retries_total{HERE}[1h]))", "for want of precision": f"sum(increase(srsys_precision_retries_total{HERE}[1h]))"},
+              about="Each costs time. Want of memory: smaller tiles, or larger machines. Want of precision: a network that does not bear half of it.")],
     "How fast the budgets are spent": [
         Panel("Errors: burn rate", "short", _burn("error_ratio", 0.005), about="Pages at 14.4 over an hour and at 6 over six; tickets at 3 over a day and at 1 over three.", width=12, limit=14.4),
         Panel("Slowness: burn rate", "short", _burn("slow_ratio", 0.05), about="As for errors.", width=12, limit=14.4)],

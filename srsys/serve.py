@@ -12,6 +12,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+import time
 from contextlib import asynccontextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -191,13 +192,14 @@ def describe_api(app: FastAPI, engine: Engine, terms: Terms) -> None:
 # %% ../nbs/09_serve.ipynb #restore-route
 async def _restore_route(engine: Engine, request: Request) -> tuple[Response, str]:
     "The answer, and the model that it is from."
-    folder = Path(tempfile.mkdtemp(prefix="srsys-"))
+    folder, start = Path(tempfile.mkdtemp(prefix="srsys-")), time.perf_counter()
     try:
         form = await read_form(request)
         try:
             ask = await asyncio.to_thread(read_ask, form, folder, request.headers.get("accept", ""))
         finally:
             await form.close()
+        engine.metrics.stage.labels("read").observe(time.perf_counter() - start)
         label = engine.table.choose(ask.model, ask.scale)[1].label if engine.table else ""
         tag = await asyncio.to_thread(make_tag, ask, label)
         if tag in [known.strip() for known in request.headers.get("if-none-match", "").split(",")]:

@@ -7,21 +7,25 @@ import shutil
 import subprocess
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from skimage import data
 
 from srsys import app, serve, signals
 from srsys.dashboards import MODELS, SERVICE
 from srsys.engine import Engine, Table
+from srsys.timetable import read_timetable
 
 pytestmark = pytest.mark.timeout(600)
 MONITORING = Path(__file__).resolve().parents[2] / "docker/monitoring"
+TIMETABLE = MONITORING.parents[1] / "scheduled/timetable.toml"
 QUERIES = [query for rows in (SERVICE, MODELS) for row in rows.values() for panel in row for query in panel.queries.values()]
 
 
@@ -52,6 +56,28 @@ def test_every_alert_is_unit_tested():
     named = set(re.findall(r"alert: (\w+)", (MONITORING / "rules/alerts.yml").read_text()))
     tested = "".join(path.read_text() for path in MONITORING.glob("tests/*.yml"))
     assert len(named) == 9 and not [name for name in named if name not in tested]
+
+
+def test_the_stack_puts_the_files_where_they_are_looked_for():
+    services = yaml.safe_load((MONITORING.parent / "compose.yaml").read_text())["services"]
+    mounted = {volume.split(":")[1]: volume.split(":")[0] for name in ("prometheus", "alertmanager", "grafana") for volume in services[name]["volumes"]}
+    [provider] = yaml.safe_load((MONITORING / "grafana/provisioning/dashboards/srsys.yml").read_text())["providers"]
+    assert mounted[provider["options"]["path"]] == "./monitoring/grafana/dashboards"
+    assert mounted["/etc/grafana/provisioning"] == "./monitoring/grafana/provisioning" and mounted["/etc/prometheus"] == "./monitoring"
+    addressed = set(re.findall(r"\b([a-z]+):\d{4}\b", "".join(path.read_text() for path in MONITORING.rglob("*.yml"))))
+    assert addressed == {"app", "alertmanager", "prometheus"} and addressed < set(services)
+
+
+@pytest.mark.skipif(not TIMETABLE.exists(), reason="there is no timetable yet")
+def test_a_job_is_stale_some_time_after_it_should_have_run():
+    "The limit of each notebook of the timetable is longer than its period, and no longer than three of them."
+    limits = {job: int(seconds) for seconds, job in re.findall(r"vector\((\d+)\).*\n.*job: (\w+)", (MONITORING / "rules/recording.yml").read_text())}
+    periods, noon = {}, datetime(2026, 3, 3, 12, tzinfo=UTC)
+    for row in read_timetable(TIMETABLE).values():
+        first = row.trigger.get_next_fire_time(None, noon)
+        period = (row.trigger.get_next_fire_time(first, first + timedelta(seconds=1)) - first).total_seconds()
+        periods |= {notebook.stem: min(period, periods.get(notebook.stem, period)) for notebook in row.notebooks}
+    assert set(periods) == set(limits) and not {job: period for job, period in periods.items() if not period < limits[job] <= 3 * period}
 
 
 @pytest.fixture
