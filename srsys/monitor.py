@@ -121,11 +121,11 @@ def measure_output(
     return {"consistency_db": float(db(own.mean())), "over_bicubic_db": float(db(own.mean()) - db(bicubic.mean())),
             "worst_tiles_db": float(np.quantile(db(_by_tile(own, tile)) - db(_by_tile(bicubic, tile)), .01)), "colour_shift": max(shifts)}
 
-# %% ../nbs/05_monitor.ipynb #log
+# %% ../nbs/05_monitor.ipynb #features
 FEATURES = ("megapixels", "sharpness", "noise", "luma", "clipped", "grey", "alpha", "jpeg", "quality",  # of the input
             "consistency_db", "over_bicubic_db", "worst_tiles_db", "colour_shift")  # of the output
 
-
+# %% ../nbs/05_monitor.ipynb #log
 class Log:
     "The record of what came in and went out, in SRSYS_HOME/monitor.db; for several threads and processes"
 
