@@ -1,0 +1,121 @@
+"""The scheduled notebooks, the processes that run them, and the timetable that is shipped."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+
+from srsys.jobs import parameters
+from srsys.timetable import read_timetable
+
+ROOT = Path(__file__).resolve().parents[2]
+SRSYS = Path(sys.executable).with_name("srsys")
+NOTEBOOKS = sorted(ROOT.glob("scheduled/*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_scheduled_notebook_only_calls(path):
+    "Its parameters are still tagged, it has a headline and a conclusion, and nothing is defined or stored in it."
+    assert parameters(path)
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert sum("headline()" in s for s in sources) == 1 and "conclude(" in sources[-1]
+    assert not [s for s in sources if "def " in s or "class " in s or "lambda" in s]
+    assert not [cell for cell in cells if cell["outputs"]]
+
+
+def test_the_timetable_that_is_shipped():
+    rows = read_timetable(ROOT / "scheduled/timetable.toml")
+    assert {n.stem for row in rows.values() for n in row.notebooks} == {p.stem for p in NOTEBOOKS}
+    assert rows["retrain"].trigger.interval.days == 14
+
+
+def test_the_unit_that_is_shipped():
+    unit = (ROOT / "scheduled/srsys-schedule.service").read_text()
+    assert "srsys schedule" in unit and "Restart=always" in unit
+
+
+def begin(home, notebook, *options):
+    return subprocess.Popen([SRSYS, "run", notebook, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1"})
+
+
+def of_home(home):
+    "The processes that work for this home."
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SRSYS_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def until(true, within=120):
+    end = time.monotonic() + within
+    while not (found := true()):
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(.1)
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_kill_leaves_no_kernel(tmp_path, how):
+    "However `srsys run` ends while a cell works, nothing of it lives on, the notebook is kept, and the next run begins."
+    slow = {"cells": [{"cell_type": "code", "id": i, "metadata": {"tags": ["parameters"]} if i == "p" else {}, "source": s, "outputs": [], "execution_count": None}
+                      for i, s in (("p", "wait = 600"), ("w", "import pathlib, subprocess, time\npathlib.Path('there').touch()\nsubprocess.Popen(['sleep', str(wait)])\ntime.sleep(wait)"))],
+            "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    (path := tmp_path / "slow.ipynb").write_text(json.dumps(slow))
+    home = (tmp_path / "home").resolve()
+    process = begin(home, path)
+    try:
+        until((home / "there").exists)
+        assert len(of_home(home)) >= 4  # the command, papermill, the kernel, and what the kernel started
+        process.send_signal(how)
+        assert process.wait(60) != 0
+        until(lambda: not of_home(home), 60)
+    finally:
+        for left in [process, *of_home(home)]:
+            left.kill()
+    assert list(home.glob("runs/*/slow.running.ipynb"))
+    again = begin(home, path, "-p", "wait", "0", "--json")
+    out, _ = again.communicate(timeout=240)
+    assert again.returncode == 0 and json.loads(out.splitlines()[-1])["status"] == "done", out
+    assert list(home.glob("runs/*/slow.killed.ipynb")) and not list(home.glob("runs/*/slow.running.ipynb"))
+
+
+def test_wrong_usage(tmp_path):
+    for options, word in ((["train", "-p", "step", "3"], "no parameter 'step'"), (["train", "-p", "steps", "many"], "steps is int"), (["train", "-p", "steps"], "2 arguments")):
+        process = begin(tmp_path, *options)
+        out, _ = process.communicate(timeout=240)
+        assert process.returncode == 2 and word in out, out
+
+
+def test_the_timetable_is_kept_by_a_process(tmp_path):
+    "`srsys schedule` runs what is due, ends at once when told to, and takes up a row that was cut off."
+    (tmp_path / "scheduled").mkdir()
+    for path in NOTEBOOKS:
+        (tmp_path / "scheduled" / path.name).write_bytes(path.read_bytes())
+    timetable = tmp_path / "scheduled/timetable.toml"
+    timetable.write_text('[nightly]\nevery = { weeks = 2 }\nbegins = 2026-01-05T02:00:00Z\nnotebooks = ["etl"]\n')
+    assert tomllib.loads(timetable.read_text())
+    home = tmp_path / "home"
+    (home / "runs").mkdir(parents=True)
+    (home / "runs/nightly.row").touch()  # it was cut off
+    process = subprocess.Popen([SRSYS, "schedule", "--timetable", timetable], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    try:
+        until(lambda: list(home.glob("runs/*/etl.done.ipynb")), 240)
+        until(lambda: not (home / "runs/nightly.row").exists())
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "nightly: next" in out and "ended" in out, out
+    finally:
+        process.kill()
