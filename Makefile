@@ -14,7 +14,7 @@ $(READY): requirements.lock pyproject.toml
 	@test ! -e .git || git config core.hooksPath .githooks || true
 	@touch $@
 
-.PHONY: help run test lab docs export check train bench tables kpi lock
+.PHONY: help run test lab docs export check train bench tables kpi lock airflow
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
@@ -30,6 +30,12 @@ lab: $(READY) ## the notebooks in JupyterLab, which cleans each as it saves it
 
 docs: $(READY) ## the pages, from the outputs stored in the notebooks, in _docs/index.html
 	$(BIN)/python nbs/_pages/docs.py
+
+airflow: .airflow/ready ## Airflow 3 in .airflow, an environment of its own, with which the DAG is tested
+.airflow/ready: scheduled/airflow/requirements.lock | $(READY)
+	$(BIN)/uv venv -q --clear --python $(BIN)/python .airflow
+	$(BIN)/uv pip install --python .airflow/bin/python --compile-bytecode --require-hashes -r scheduled/airflow/requirements.lock
+	@touch $@
 
 export: $(READY) ## package, tests, README and dashboards from the notebooks
 	$(BIN)/python tests/generate.py
@@ -64,3 +70,5 @@ kpi: $(READY) ## each goal with its figure, after `make bench` and `make tables`
 lock: ## the newest versions that fit together, with their hashes
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --all-extras --python-version 3.11 \
 	  $(if $(UPGRADE),--upgrade) --output-file requirements.lock pyproject.toml
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	  $(if $(UPGRADE),--upgrade) --output-file scheduled/airflow/requirements.lock scheduled/airflow/requirements.in
