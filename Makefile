@@ -14,7 +14,7 @@ $(READY): requirements.lock pyproject.toml
 	@test ! -e .git || git config core.hooksPath .githooks || true
 	@touch $@
 
-.PHONY: help run test lab docs export check train bench tables kpi lock airflow
+.PHONY: help run test lab docs export check train bench tables kpi soak lock airflow
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
@@ -23,6 +23,9 @@ run: $(READY) ## the app on http://127.0.0.1:7860 and MLflow on http://127.0.0.1
 
 test: $(READY) ## every test, with branch coverage of at least 95 %; SLOW=1 adds the slow ones
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(if $(SLOW),--slow)
+
+soak: $(READY) ## the long forms of the system tests, with their figures: ten thousand hostile files and the like
+	$(BIN)/python -m pytest tests/system --slow -m slow -s
 
 lab: $(READY) ## the notebooks in JupyterLab, which cleans each as it saves it
 	@exec $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \

@@ -78,9 +78,9 @@ class Rates:
 class Body:
     "The receiving half of a request: not more than so many bytes, and not slower than the terms say."
 
-    def __init__(self, receive, limit: int, terms: Terms):
+    def __init__(self, receive, limit: int, terms: Terms, expected: bool = True):
         self.inner, self.limit, self.terms = receive, limit, terms
-        self.received, self.begun, self.whole = 0, time.monotonic(), False
+        self.received, self.begun, self.whole = 0, time.monotonic(), not expected
         self.refused: Refused | None = None
 
     def refuse(self, status: int, error: str, detail: str) -> None:
@@ -123,8 +123,6 @@ def error_answer(request: Request, error: BaseException) -> JSONResponse:
     headers = {"retry-after": str(answer.retry_after)} if answer.retry_after else {}
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer" if path.startswith("/v1/") else 'Basic realm="srsys: the password is a token", charset="UTF-8"'
-    if answer.status in (408, 413):
-        headers["connection"] = "close"
     state = request.scope.setdefault("state", {})
     state["error"], identity = answer.error, state.get("request_id", "")
     return JSONResponse({"error": answer.error, "detail": answer.detail, "request_id": identity}, answer.status, headers)
@@ -173,11 +171,11 @@ class Frame:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        brought, path, start = Headers(scope=scope).get("x-request-id", ""), scope["path"], time.perf_counter()
-        state, identity = scope.setdefault("state", {}), brought if re.fullmatch(r"[\w-]{8,64}", brought, re.A) else uuid.uuid4().hex
-        state["request_id"] = identity
+        headers, path, start, state = Headers(scope=scope), scope["path"], time.perf_counter(), scope.setdefault("state", {})
+        brought, expected = headers.get("x-request-id", ""), "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        state["request_id"] = identity = brought if re.fullmatch(r"[\w-]{8,64}", brought, re.A) else uuid.uuid4().hex
         REQUEST.set(identity)
-        answer = Answer(send, path, identity, Body(receive, self.limit if path in UPLOADS else FORM, self.terms))
+        answer = Answer(send, path, identity, Body(receive, self.limit if path in UPLOADS else FORM, self.terms, expected))
         with self.metrics.inflight.track_inprogress():
             try:
                 self.admit(scope, answer.body)
@@ -205,6 +203,8 @@ class Answer:
                 raise self.body.refused
             self.code, self.model = message["status"], Headers(scope=message).get("x-model-version", "")
             dress(message, self.path, self.identity)
+            if not self.body.whole:  # nobody will read the rest
+                MutableHeaders(scope=message)["connection"] = "close"
         await self.inner(message)
 
     async def fail(self, request: Request, error: Exception) -> None:
@@ -215,11 +215,11 @@ class Answer:
             _log.error("a request failed", exc_info=error)
         if self.code:
             raise error
-        said, refused, self.body.refused = error_answer(request, error), self.body.refused, None
+        said, self.body.refused = error_answer(request, error), None
         await self.send({"type": "http.response.start", "status": said.status_code, "headers": said.raw_headers})
         await self.inner({"type": "http.response.body", "body": said.body, "more_body": True})
         with suppress(TimeoutError):
-            async with asyncio.timeout(2 if refused else 0):
+            async with asyncio.timeout(0 if self.body.whole else 2):
                 while (await self.body.inner()).get("more_body"):
                     pass
         await self.inner({"type": "http.response.body"})

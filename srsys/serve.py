@@ -81,7 +81,7 @@ def read_ask(
     if not isinstance(file, UploadFile):
         raise Refused(422, "bad_form", "the form has no field 'file' with a picture in it")
     try:
-        fields = Fields(**{key: str(value) for key, value in form.items() if key != "file" and value != ""})
+        fields = Fields(**{key: str(value) for key, value in form.items() if key != "file"})
     except ValidationError as error:
         first = error.errors()[0]
         raise Refused(422, "bad_form", f"the field {'.'.join(map(str, first['loc']))[:40]!r}: {first['msg']}") from error
@@ -161,8 +161,9 @@ _HEADERS = {name: {"description": what, "required": True, "schema": {"type": "st
     ("X-Consistency-Db", "The result made small again, against the picture", "31.52"), ("Server-Timing", "Where the time went", "decode;dur=1.2, infer;dur=310.0")]}
 _PICTURES = ("png", "jpeg", "webp", "tiff", "avif", "bmp", "gif")
 _FORM = Fields.model_json_schema()
-_FORM = {**_FORM, "title": "RestoreForm", "required": ["file"],
-         "properties": {"file": {"type": "string", "format": "binary", "description": "The picture."}, **_FORM["properties"]}}
+_FORM = {**_FORM, "title": "RestoreForm", "required": ["file"], "properties": {
+    "file": {"type": "string", "format": "binary", "description": "The picture."},  # a form has no null: what is optional is left out
+    **{name: field.pop("anyOf")[0] | {"description": field["description"], "examples": field["examples"]} if "anyOf" in field else field for name, field in _FORM["properties"].items()}}}
 RESTORE = {
     "summary": "Restore a picture",
     "responses": {200: {"description": "The restored picture", "headers": _HEADERS, "content": {f"image/{f}": {"schema": {"type": "string", "format": "binary"}} for f in FORMATS}},
@@ -191,7 +192,8 @@ def describe_api(app: FastAPI, engine: Engine, terms: Terms) -> None:
 
 # %% ../nbs/09_serve.ipynb #restore-route
 async def _restore_route(engine: Engine, request: Request) -> tuple[Response, str]:
-    "The answer, and the model that it is from."
+    "The answer, and the model that it is from. Who cannot be served now is told before the picture is sent."
+    engine.check()
     folder, start = Path(tempfile.mkdtemp(prefix="srsys-")), time.perf_counter()
     try:
         form = await read_form(request)
