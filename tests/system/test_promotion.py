@@ -1,0 +1,143 @@
+"""A promotion, or the way back, that is killed (kill -9) after every single write; and two processes that promote at once."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from srsys import models
+from srsys.gate import Decision, Gain, Reason
+from srsys.promotion import promote, propose, rollback
+from srsys.registry import Store, connect, list_versions, register, resolve
+
+# Imports once and forks for each job: what is killed is a real process, and what it had open dies with it.
+DRIVER = """
+import json, os, signal, sys
+from pathlib import Path
+import mlflow.artifacts
+from mlflow import MlflowClient
+from srsys.gate import Decision
+from srsys.promotion import promote, rollback
+from srsys.registry import Store, resolve
+
+def die_before(write):
+    left = [write]
+    def counted(do):
+        def call(*args, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return do(*args, **options)
+        return call
+    for name in ("log_artifact", "set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias"):
+        setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
+
+def case(home, verb, decision, write):
+    die_before(write)
+    store = Store(Path(home))
+    rollback(store, "fern-x2") if verb == "rollback" else promote(store, "fern-x2", Decision.from_dict(decision), [sys.argv[1]])
+
+def start(job):
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        case(*job)
+        code = 0
+    except Exception as error:
+        print(error, file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+groups = json.loads(Path(sys.argv[1]).read_text())
+resolve("fern-x2", Store(Path(sys.argv[2])))  # what MLflow imports on the way is there for all
+started = [[start(job) for job in group] if len(group) > 1 else group for group in groups]
+print(json.dumps([[os.waitstatus_to_exitcode(os.waitpid(one if isinstance(one, int) else start(one), 0)[1]) for one in group] for group in started]))
+"""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    "A registry with a champion and two challengers, one of them promoted in a second registry; and the decisions."
+    folder = tmp_path_factory.mktemp("promotion")
+
+    def tiny(seed):
+        torch.manual_seed(seed)
+        path = folder / f"{seed}" / "fern-x2.safetensors"
+        path.parent.mkdir()
+        models.save(models.Compact(2, features=4, convs=1), models.Card("fern-x2", "compact", 2), path)
+        return path
+
+    store = Store(folder / "home")
+    register(store, tiny(1))
+    two, three = (propose(store, tiny(seed)) for seed in (2, 3))
+    one = list_versions(store)[0]
+    yes = {v.version: Decision(v.label, one.label, v.sha256, one.sha256, Gain(.1, .05, .15, 60), (Reason("gain", True, "+0.1 dB"),)) for v in (two, three)}
+    promoted = Store(folder / "promoted")
+    promoted.home.mkdir()
+    shutil.copy(store.home / "mlflow.db", promoted.home)
+    promote(promoted, "fern-x2", yes[3])
+    return folder, yes
+
+
+@pytest.fixture(scope="module")
+def ends(template):
+    "What was done to each copy of a registry, and how its processes ended: 0 done, 1 refused, -9 killed; and what was said."
+    folder, yes = template
+    groups = {f"promote {write}": [[3, write]] for write in range(11)} | {f"rollback {write}": [[0, write]] for write in range(4)} | {"both": [[2, 99], [3, 99]]}
+    jobs = []
+    for name, group in groups.items():
+        (folder / name).mkdir()
+        shutil.copy(folder / ("promoted" if "rollback" in name else "home") / "mlflow.db", folder / name)
+        jobs.append([[str(folder / name), name.split()[0], yes[number].to_dict() if number else None, write] for number, write in group])
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run([sys.executable, "-c", DRIVER, folder / "jobs.json", folder / "home"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(groups, json.loads(done.stdout), strict=True)), done.stderr
+
+
+def aliases(store):
+    return {alias: v.version for v in list_versions(store) for alias in v.aliases}
+
+
+def test_a_promotion_killed_after_every_write(template, ends):
+    (folder, yes), (ended, said) = template, ends
+    assert [ended[f"promote {write}"] for write in range(11)] == [[-9]] * 9 + [[0]] * 2, said
+    for write in range(10):
+        store = Store(folder / f"promote {write}")
+        assert resolve("fern-x2", store).version.version == (1 if write < 8 else 3), f"killed before write {write}"
+        assert promote(store, "fern-x2", yes[3]).status == "passed"
+        assert aliases(store) == {"champion": 3, "previous": 1} and resolve("fern-x2", store).version.version == 3
+
+
+def test_a_rollback_killed_after_every_write(template, ends):
+    (folder, _), (ended, said) = template, ends
+    assert [ended[f"rollback {write}"] for write in range(4)] == [[-9], [-9], [-9], [0]], said
+    for write in range(4):
+        store = Store(folder / f"rollback {write}")
+        assert resolve("fern-x2", store).version.version == (3 if write < 2 else 1), f"killed before write {write}"
+        if write < 3:
+            assert rollback(store, "fern-x2").version == 1
+        assert aliases(store) == {"champion": 1} and resolve("fern-x2", store).version.version == 1
+
+
+def test_two_processes_promote_at_once(template, ends):
+    "Both passed the gate against the same champion: one is champion now, the other is told to be judged again."
+    (folder, _), (ended, said) = template, ends
+    assert sorted(ended["both"]) == [0, 1] and "judge it again" in said, said
+    found = aliases(Store(folder / "both"))
+    assert found["champion"] == (2, 3)[ended["both"].index(0)] and found["previous"] == 1
+    assert resolve("fern-x2", Store(folder / "both")).version.version == found["champion"]
+
+
+def test_what_the_gate_did_not_pass_is_not_served(template):
+    "Somebody moves the alias by hand, in MLflow's own pages: the rule is looked at again where the weights are read."
+    store = Store(template[0] / "home")
+    connect(store).set_registered_model_alias("srsys-fern-x2", "champion", "2")
+    try:
+        with pytest.raises(RuntimeError, match="gate status is 'missing': not served"):
+            resolve("fern-x2", store)
+    finally:
+        connect(store).set_registered_model_alias("srsys-fern-x2", "champion", "1")
