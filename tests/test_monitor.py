@@ -46,7 +46,7 @@ def test_what_comes_in():
 
 
 def test_what_goes_out():
-    from srsys.monitor import measure_output, round_trip
+    from srsys.monitor import Meter, measure_output, round_trip
     # 05_monitor.ipynb #lesson-out
     small, scale = np.ascontiguousarray(CAT[:200, :240]), 3
     large = imresize(small, scale)
@@ -67,6 +67,9 @@ def test_what_goes_out():
     for name, r in rows.items(): print(f"{name:17}", ", ".join(f"{k} {v:.3g}" for k, v in r.items()))
     assert abs(rows["bicubic"]["over_bicubic_db"]) < 1 and rows["one level redder"]["colour_shift"] > .9
     assert rows["a dark spot"]["worst_tiles_db"] < -10 < rows["a dark spot"]["over_bicubic_db"]
+    bands = Meter(scale)
+    for at in range(0, 200, 30): bands.add(small[at:at + 30], imresize(corner(large, -20), 1/scale)[at:at + 30])
+    for name, value in bands.values().items(): assert abs(value - rows["a dark spot"][name]) < .2
     deep = measure_output(small.astype(np.uint16)*257, imresize(large, 1/scale).astype(np.uint16)*257, scale)
     assert abs(deep["consistency_db"] - rows["bicubic"]["consistency_db"]) < .01 and measure_output(small[:9, :7], small[:9, :7], 2.5)["over_bicubic_db"] > 0
 
