@@ -1,10 +1,9 @@
 #!/bin/sh
-# Lay PyTorch and CUDA's libraries apart from the rest of /opt/srsys, each in a folder that is copied back over it.
+# Lay CUDA's libraries and PyTorch apart from the rest of /opt/srsys, in folders that are copied back over it.
 set -eu
 cd /opt/srsys
-for part in nvidia torch; do
-  mkdir -p "/apart/$part"
-  for folder in lib/python3*/site-packages/"$part"; do
-    [ ! -d "$folder" ] || { mkdir -p "/apart/$part/${folder%/*}"; mv "$folder" "/apart/$part/$folder"; }
-  done
+mkdir -p /apart/cuda /apart/torch
+for folder in lib/python3*/site-packages/nvidia lib/python3*/site-packages/triton lib/python3*/site-packages/torch; do
+  case $folder in *torch) part=torch ;; *) part=cuda ;; esac
+  [ ! -d "$folder" ] || { mkdir -p "/apart/$part/${folder%/*}"; mv "$folder" "/apart/$part/$folder"; }
 done
