@@ -284,7 +284,7 @@ def run(
     "Run a notebook. Raises ParameterError, JobError if it is running, JobFailed."
     notebook, home, name = Path(notebook), Path(home).resolve(), Path(notebook).stem
     values, begun = chosen(notebook, (given or {}).items()), datetime.now(UTC)
-    running, environment = home / "runs" / f"{begun:%Y-%m-%d}" / f"{name}.running.ipynb", {"SRSYS_HOME": str(home)}
+    running, environment = home / "runs" / f"{begun:%Y-%m-%d}" / f"{name}.running.ipynb", {"SRSYS_HOME": str(home), "PYTHONWARNINGS": "ignore"}
     if store and store.uri:
         environment["MLFLOW_TRACKING_URI"] = store.uri
     with alone(home / "runs" / f"{name}.lock", patience) as lock, _recorded(store, name, values) as keep:

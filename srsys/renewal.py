@@ -29,6 +29,7 @@ from .monitor import State, Watched
 from .promotion import propose
 from .recipes import CONFIGS, TrainConfig
 from .registry import Resolved, Store, Version, register_shipped, resolve
+from .signals import firing_alerts
 from .tiles import SUFFIXES, InMemory, data_digest, load_pictures, read_rgb
 from .train import Watch, train, upscale, validate, validation_pairs
 from .trial import Slice, prepare, read_evidence
@@ -207,5 +208,6 @@ def look(
     down, votes = monitor.votes(home/"feedback.db", since)
     with closing(monitor.Log(home/"monitor.db")) as log:
         watched = monitor.watch(log, (since, (since or now - 4*days*86_400) + days*86_400), now, hours*3600)
+    alerts = tuple(alert.name for alert in firing_alerts(home/"alerts.db", now))
     newest = _newest(home, champion, degrade, most) if gains else ()
-    return State(now, trainings, sum(at > max(trainings, default=0) for at in arrived), gains, newest, watched.held, down, votes), watched
+    return State(now, trainings, sum(at > max(trainings, default=0) for at in arrived), gains, newest, watched.held, down, votes, alerts), watched

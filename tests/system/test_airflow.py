@@ -28,9 +28,7 @@ LOOK = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import srsys_dags
-pods = [task.build_pod_request_obj().to_dict() for task in srsys_dags.DAGS["retrain"].tasks]
-print("RESULT", json.dumps([{"image": p["spec"]["containers"][0]["image"], "gpus": p["spec"]["containers"][0]["resources"]["limits"], "on": p["spec"]["node_selector"],
-                             "command": p["spec"]["containers"][0]["command"][-1]} for p in pods]))
+print("RESULT", json.dumps([{"image": t.image, "gpus": t.container_resources.limits, "on": t.node_selector, "command": t.cmds[-1]} for t in srsys_dags.DAGS["retrain"].tasks]))
 print("RESULT", json.dumps({name: [repr(dag.schedule), dag.max_active_runs, dag.catchup, dag.task_ids] for name, dag in srsys_dags.DAGS.items()}))
 """
 
