@@ -35,12 +35,13 @@ def held_out(
 def _slices(settings: Settings, model, data: Path, benchmarks: Path | None) -> tuple[dict, dict]:
     "The slices and the benchmarks for a model, at its scale and with the damage that it was made for."
     from srsys.gate import Rules
+    from srsys.image import SUFFIXES
     from srsys.intake import batches
     from srsys.trial import Slice
     damage = "photo" if model.card and model.card.degradation.startswith("PhotoRecipe") else "bicubic"
     new = [path for batch in batches(settings.home).values() for path in batch]
     slices = {"validation": held_out(data)} | ({"new pictures": new} if len(new) >= Rules().min_pictures else {})
-    known = {p.name: p for p in sorted(benchmarks.iterdir()) if p.is_dir()} if benchmarks else {}
+    known = {p.name: p for p in sorted(benchmarks.iterdir()) if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.iterdir())} if benchmarks else {}
     return {name: Slice(files, model.scale, damage) for name, files in slices.items()}, {name: Slice(folder, model.scale) for name, folder in known.items()}
 
 # %% ../nbs/13_release.ipynb #commands
