@@ -14,7 +14,7 @@ $(READY): requirements.lock pyproject.toml
 	@test ! -e .git || git config core.hooksPath .githooks || true
 	@touch $@
 
-.PHONY: help run test lab docs export check train bench tables kpi soak lock airflow
+.PHONY: help run test lab docs export check train bench tables kpi soak lock airflow gate report promote deploy undo
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
@@ -69,6 +69,27 @@ tables: $(READY) ## every model on every benchmark, and the pages that show it: 
 
 kpi: $(READY) ## each goal with its figure, after `make bench` and `make tables`
 	@exec $(BIN)/python -c "from srsys.bench import main; main()" kpi
+
+gate: $(READY) ## the challenger of MODEL is judged beside its champion, in gate.md; status 1 if it is refused
+	$(BIN)/srsys run evaluate -p model $(MODEL) -p least 60 -p stand_in false
+	$(BIN)/python .ci/gate.py $(MODEL) gate.md
+
+report: ## what CI's jobs left, on one page of Markdown
+	$(PYTHON) .ci/report.py junit.xml coverage.xml gate.md >report.md
+
+promote: $(READY) ## the challenger of MODEL that passed the gate becomes champion
+	$(BIN)/srsys promote $(MODEL) --evidence .srsys/runs/$(MODEL).evidence.json
+
+KUBECTL = kubectl $(if $(KUBE_CONTEXT),--context $(KUBE_CONTEXT)) -n srsys
+deploy: ## to a cluster: OVERLAY=cpu IMAGE=registry/srsys TAG=…; then a picture goes to ADDRESS
+	kubectl kustomize docker/k8s/overlays/$(or $(OVERLAY),cpu) | \
+	  sed -E 's#image: srsys-([a-z]+):latest#image: $(or $(IMAGE),srsys)-\1:$(or $(TAG),latest)#' | $(KUBECTL) apply -f -
+	$(KUBECTL) rollout status deployment/srsys --timeout=15m
+	$(PYTHON) docker/smoke.py $(or $(ADDRESS),$(error say where it answers: ADDRESS=https://…)) $(TOKEN)
+
+undo: ## the deployment before the last one
+	$(KUBECTL) rollout undo deployment/srsys
+	$(KUBECTL) rollout status deployment/srsys --timeout=15m
 
 lock: ## the newest versions that fit together, with their hashes
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --all-extras --python-version 3.11 \

@@ -1,0 +1,36 @@
+"""One page of Markdown for the merge request, of the files that CI's jobs left: `report.py junit.xml coverage.xml gate.md`."""
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+
+def tests(root) -> list[str]:
+    "What ran, and what failed."
+    cases = list(root.iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    seconds = sum(float(case.get("time", 0)) for case in cases)
+    lines = [f"**{len(cases) - len(failed) - len(skipped)} passed, {len(failed)} failed, {len(skipped)} skipped** in {seconds:.0f} s."]
+    return lines + [f"- `{case.get('classname')}::{case.get('name')}`" for case in failed]
+
+
+def coverage(root) -> list[str]:
+    "How much of the code ran."
+    return [f"Lines covered: {float(root.get('line-rate')):.1%}, branches: {float(root.get('branch-rate')):.1%}."]
+
+
+def report(paths: list[Path]) -> str:
+    sections = []
+    for path in paths:
+        if not path.exists():
+            sections.append([f"`{path.name}` is missing: the job that makes it did not come that far."])
+        elif path.suffix == ".xml":
+            root = ET.parse(path).getroot()
+            sections.append(coverage(root) if root.tag == "coverage" else tests(root))
+        else:
+            sections.append([path.read_text().strip()])
+    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+
+
+if __name__ == "__main__":
+    print(report([Path(name) for name in sys.argv[1:]]), end="")
