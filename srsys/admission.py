@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import degrade, image, models, registry, restore
+from . import degrade, image, models, monitor, registry, restore
 
 # %% ../nbs/08_admission.ipynb #limits
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ def ask_scale(
 class Consistency:
     "PSNR between a picture and its result made small again, in one pass and with bounded memory."
 
-    def __init__(self, header: image.Header, width: int, height: int):  # of the input; size of the result
+    def __init__(self, header: image.Header, width: int, height: int, meter: monitor.Meter | None = None):  # of the input; size of the result; told of every row
         self.colours, self.top = header.colours, float(np.iinfo(header.dtype).max)
         self.resizer = degrade.RowResizer((height, width), (header.height, header.width))
         self.kept = np.empty((0, header.width, header.colours), header.dtype)
-        self.error, self.count = 0.0, 0
+        self.error, self.count, self.meter = 0.0, 0, meter
 
     def saw(self, rows: np.ndarray) -> None:
         "The next rows of the input."
@@ -114,6 +114,8 @@ class Consistency:
         "The next rows of the result."
         small = self.resizer.push(rows[..., : self.colours])
         expected, self.kept = self.kept[: len(small)], self.kept[len(small):]
+        if self.meter and len(small):
+            self.meter.add(expected, small)
         difference = small.astype(np.float32) - expected
         self.error += float(np.vdot(difference, difference))
         self.count += difference.size

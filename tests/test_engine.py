@@ -109,8 +109,9 @@ def test_a_job():
     except StopIteration as end:
         plan = end.value
     assert (plan.width, plan.height, plan.tiles) == (480, 288, 6) and job.raw("out").stat().st_size == 480 * 288 * 3
-    print(f"{measure(job, plan):.1f} dB")
-    assert measure(job, plan) > 20
+    db, measures = measure(job, plan)
+    print(f"{db:.1f} dB", {name: round(value, 2) for name, value in measures.items()})
+    assert db > 20 and abs(db - measures["consistency_db"]) < .1 and measures["jpeg"] == 0
 
 
 def test_whose_turn_it_is():
