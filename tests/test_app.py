@@ -89,6 +89,8 @@ def test_behind_the_page():
         "A picture as if it had been dropped."
         token, folder = desk.shelf.new()
         shutil.copy(path, folder / "upload")
+        with contextlib.suppress(image.ImageError):
+            view.make_preview(path, folder / "before.png")
         (folder / "name").write_text(path.name)
         return token
 
@@ -104,7 +106,7 @@ def test_behind_the_page():
     last = steps(desk, token)[-1]
     made = re.search(r"page/(\w+)/result.png", last.facts)[1]
     assert "1280×96 → 2560×192" in last.facts and not desk.jobs
-    assert {f.name for f in desk.shelf.find(made).iterdir()} == {"result.png", "after.png", "before-detail.png", "after-detail.png"}
+    assert {f.name for f in desk.shelf.find(made).iterdir()} == {"result.png", "before.png", "after.png", "before-detail.png", "after-detail.png", "given", "label"}
     assert "8 tiles" not in last.facts and "page/" + made + "/after-detail.png" in last.view
 
     # 10_app.ipynb #lesson-desk-fails
@@ -144,13 +146,14 @@ def test_behind_the_page():
 
 
 def test_the_page():
-    from srsys.app import Desk, build_page, model_choices, picture_dropped
+    from srsys.app import Desk, build_page, picture_dropped
     # 10_app.ipynb #lesson-page
     desk = Desk(ready_engine(), view.Shelf(fresh_folder()), {})
     page = build_page(desk)
-    print(*[words for words, _ in model_choices(desk.engine.table)][:3], sep="\n")
+    print(*[words for words, _ in view.model_choices(desk.engine.table)][:3], sep="\n")
     token, folder = desk.shelf.new()
     shutil.copy(picture_file(), folder / "upload")
+    view.make_preview(picture_file(), folder / "before.png")
     (folder / "name").write_text("cat.png")
     found, kind, said, seen, facts, go, stop = picture_dropped(desk, gr.EventData(None, {"token": token, "kind": "fast"}))
     assert (found, kind, said, go["interactive"], stop["visible"]) == (token, "fast", "", True, False) and "cat.png, 160 × 96 pixels" in seen
@@ -179,11 +182,20 @@ def test_on_the_service():
     from srsys.app import create_app
     # 10_app.ipynb #lesson-create-app
     engine = ready_engine(Limits(bytes=100_000))
-    with TestClient(create_app(engine, fresh_folder(), fresh_folder())) as client:
+    with TestClient(create_app(engine, home := fresh_folder(), fresh_folder())) as client:
         taken = client.post("/page/pictures", files={"file": ("cat.png", picture_file().read_bytes())}).json()
         shown = client.get(f"/page/{taken['token']}/before.png")
         assert np.array_equal(image.open_picture(shown.content).pixels, PHOTO)
         assert client.get("/page/examples/cat.jpg").headers["content-type"] == "image/jpeg"
+        made, folder = next((d.name, d) for d in client.app.state.shelf.root.iterdir())
+        shutil.copy(folder / "upload", folder / "given")
+        shutil.copy(folder / "before.png", folder / "after.png")
+        (folder / "label").write_text("srsys-photo-x4/1")
+        assert client.get(f"/page/{made}/where.png").headers["content-type"] == "image/png"
+        for keep, pictures in [(True, [f"{made}.png"]), (False, [])]:
+            assert client.post(f"/page/{made}/vote", json={"vote": "down", "reason": "five ears", "keep": keep}).status_code == 201
+            assert [file.name for file in (home / "feedback").iterdir()] == pictures
+        assert client.post(f"/page/{made}/vote", json={"vote": "sideways"}).status_code == 422 and client.post(f"/page/{'0' * 32}/vote", json={"vote": "up"}).status_code == 404
         for path in ("/page/examples/secret", f"/page/{taken['token']}/name", f"/page/{taken['token']}/no.png", f"/page/{'0' * 32}/before.png"):
             assert client.get(path).status_code == 404, path
         for content, status in [(b"Dear diary", 415), (b"", 422), (bytes(200_000), 413)]:

@@ -21,7 +21,7 @@ def test_where_it_is_kept():
 
 
     keep_feedback(path, Feedback(request_id="request-1", vote="down", reason="five ears"), "srsys-photo-x4/1", cat)
-    assert (Path(home.name) / "feedback/request-1").read_bytes() == b"a cat"
+    assert (Path(home.name) / "feedback/request-1.png").read_bytes() == b"a cat"
     keep_feedback(path, Feedback(request_id="request-2", vote="up"))
     keep_feedback(path, Feedback(request_id="request-1", vote="up"), "srsys-photo-x4/1")
     assert not list((Path(home.name) / "feedback").iterdir()), "who takes the tick back takes the picture back"

@@ -18,6 +18,7 @@ class Served:
     "A running `srsys serve`: its addresses, by what they are called on the screen, and its end."
 
     def __init__(self, home, *options, within=240):
+        self.home = home
         self.process = subprocess.Popen(
             [SRSYS, "serve", "--port", "0", "--metrics-port", "0", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "2"})

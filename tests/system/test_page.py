@@ -1,8 +1,11 @@
 """The page in a real browser: drop, restore, compare, take home; cancel; bad files; a telephone; and nothing asked of any other host."""
 import io
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image, ImageCms
 from playwright.sync_api import expect
 from skimage import data
@@ -175,3 +178,88 @@ def test_it_fits_a_telephone(open_page, scheme):
     assert fits()
     page.get_by_role("button", name="Look at 100 %").click()
     assert fits() and page.get_by_role("slider").bounding_box()["width"] > 90
+
+
+def test_a_vote_is_kept_and_the_picture_only_if_it_was_given(open_page, served):
+    page, folder = open_page(), served.home / "feedback"
+    for keep in (False, True):
+        choose(page, file(data.astronaut()[:120, 160:320]))
+        restore(page)
+        tick = page.get_by_label("Keep my picture")
+        expect(tick).not_to_be_checked()
+        page.get_by_label("No", exact=True).check()
+        page.get_by_label("Why?").fill("the eyes are not hers")
+        tick.set_checked(keep)
+        page.get_by_role("button", name="Send").click()
+        expect(page.get_by_text(f"Thank you. Your picture is {'kept with your word' if keep else 'not kept'}.")).to_be_visible(timeout=PATIENCE)
+        with closing(sqlite3.connect(served.home / "feedback.db")) as db:
+            made, *kept, picture = db.execute("SELECT request_id, vote, reason, model, picture FROM feedback ORDER BY rowid DESC").fetchone()
+        assert kept == ["down", "the eyes are not hers", "srsys-photo-x4/1"] and picture == (f"{made}.png" if keep else None)
+        assert (folder / f"{made}.png").exists() == keep
+    assert np.array_equal(open_picture(folder / picture).pixels, data.astronaut()[:120, 160:320])
+
+
+def press(page, key, until, at_most=80):
+    "Press a key until what has the focus answers to a name, as somebody without a mouse would."
+    for _ in range(at_most):
+        page.keyboard.press(key)
+        words = page.evaluate("(e => e.ariaLabel || e.labels?.[0]?.textContent || e.textContent)(document.activeElement)").strip()
+        if words.startswith(until):
+            return
+    raise AssertionError(f"no way to {until!r} with {key}; the last was {words!r}")
+
+
+def test_it_is_used_without_a_mouse(open_page):
+    "A picture is chosen, its kind and size said, restored, compared, looked at, taken home and voted on with the keyboard alone."
+    page = open_page()
+    press(page, "Tab", "Choose a picture")
+    press(page, "Tab", "A portrait")
+    page.keyboard.press("Enter")
+    expect(page.get_by_alt_text("The picture you chose: portrait.jpg")).to_be_visible(timeout=PATIENCE)
+    press(page, "Tab", "A damaged photo")
+    for choice in ("A clean small picture", "×2"):  # Gradio's radio buttons are stops of their own
+        press(page, "Tab", choice)
+        page.keyboard.press("Space")
+        expect(page.get_by_role("radio", name=choice)).to_be_checked(timeout=PATIENCE)
+    press(page, "Tab", "Restore")
+    page.keyboard.press("Enter")
+    page.get_by_role("link", name="Download the result").wait_for()
+    press(page, "Tab", "Slider between")
+    page.keyboard.press("End")
+    assert share_of_after(page) == pytest.approx(1, abs=0.02)
+    press(page, "Tab", "Look at 100 %")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Look at 100 %")).to_have_attribute("aria-pressed", "true", timeout=PATIENCE)
+    press(page, "Tab", "Download the result")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert download.value.suggested_filename == "portrait-x2.png"
+    press(page, "Tab", "Where does it depart?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_alt_text("The picture in grey")).to_be_visible(timeout=PATIENCE)
+    press(page, "Tab", "Yes")
+    page.keyboard.press("Space")
+    press(page, "Tab", "Why?")
+    page.keyboard.type("clearer")
+    press(page, "Tab", "Send")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Thank you. Your picture is not kept.")).to_be_visible(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(open_page, width, scheme):
+    page = open_page(width, 900, color_scheme=scheme)
+    for state in ("empty", "failed", "restored"):
+        if state == "failed":
+            choose(page, {"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": b"Dear Sir or Madam,"})
+            expect(page.locator(".said")).to_contain_text("not a picture", timeout=PATIENCE)
+        if state == "restored":
+            choose(page, file(data.astronaut()[:120, 160:320]))
+            expect(page.get_by_alt_text("The picture you chose: holiday.png")).to_be_visible(timeout=PATIENCE)
+            restore(page)
+            page.get_by_role("button", name="Where does it depart?").click()
+            expect(page.get_by_alt_text("The picture in grey")).to_be_visible(timeout=PATIENCE)
+        found = Axe().run(page)
+        assert found.violations_count == 0, f"{state}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -13,7 +13,7 @@ FLOORS = {
     8: "cli",
     7: "app",
     6: "serve timetable renewal batch makers release",
-    5: "bench tables door train view console trial jobs intake",
+    5: "bench tables door train view card console trial jobs intake",
     4.5: "engine",
     4: "evaluate tracking recipes promotion keeper swap admission dashboards",
     3: "data tiles chains foreign restore registry signals drift votes trust",
