@@ -114,12 +114,13 @@ class _Pairs(TyperCommand):
 
 @contextmanager
 def _ended() -> Iterator[None]:
-    "A block in which being told to end is as Ctrl-C."
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    "A block in which being told to end is as Ctrl-C, and Ctrl-C is heeded even by what was started in the background."
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/14_cli.ipynb #run-command
 @main.command(cls=_Pairs)

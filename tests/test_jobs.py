@@ -13,6 +13,8 @@ from unittest import mock
 
 from nbformat.v4 import new_code_cell, new_notebook
 
+from srsys.registry import Store
+
 # 11_jobs.ipynb #lesson-helpers
 def notebook(folder, *cells, parameters="steps = 3\nrate = .5\nname = 'fast'\nquick = True\nextra = None", name="count"):
     "Write a notebook whose first cell holds parameters."
@@ -87,8 +89,9 @@ def test_one_run():
     COUNT = "import time\nfrom srsys.jobs import conclude, headline", "headline()", "conclude(f'**Done**: {steps} steps.', steps=steps, drift={'noise': .2})"
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder, "home")
-        with mock.patch("httpx.post") as post:
-            result = run(notebook(folder, *COUNT), home, {"steps": "12"}, webhook="http://chat.invalid/srsys")
+        with mock.patch("httpx.post") as post, mock.patch("srsys.tracking.run") as tracked:
+            result = run(notebook(folder, *COUNT), home, {"steps": "12"}, Store(home), webhook="http://chat.invalid/srsys")
+        assert tracked.return_value.__enter__.return_value.file.call_count == 2  # the notebook and its page
         told = post.call_args.kwargs
         print(f"{result.status}: {result.words} {result.facts}")
         assert told["json"]["text"].startswith("srsys: count done after ") and told["json"]["facts"] == result.facts

@@ -170,5 +170,4 @@ def test_the_process():
                     pass
             except TimetableError as error:
                 print(str(error).partition(", since")[0])
-        print(*said)
-        assert said[:2] == ["monitor: done", "retrain: done"]
+        assert {"monitor: done", "retrain: done"} <= set(said)

@@ -42,7 +42,7 @@ def airflow(tmp_path):
     folder = tmp_path / "scheduled"
     shutil.copytree(ROOT / "scheduled", folder)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")} | {
-        "AIRFLOW_HOME": str(tmp_path / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "airflow"),
+        "AIRFLOW_HOME": str(tmp_path / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False", "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "airflow"),
         "SRSYS_COMMAND": shlex.join(["env", f"PYTHONPATH={ROOT}", str(SRSYS)]), "SRSYS_SCHEDULED": str(folder), "OMP_NUM_THREADS": "1"}
 
     def run(code, *args, timetable=None, **more):

@@ -16,6 +16,7 @@ from srsys.timetable import read_timetable
 
 ROOT = Path(__file__).resolve().parents[2]
 SRSYS = Path(sys.executable).with_name("srsys")
+pytestmark = pytest.mark.timeout(900)
 NOTEBOOKS = sorted(ROOT.glob("scheduled/*.ipynb"))
 
 
@@ -77,7 +78,7 @@ def test_a_kill_leaves_no_kernel(tmp_path, how):
     process = begin(home, path)
     try:
         until((home / "there").exists)
-        assert len(of_home(home)) >= 4  # the command, papermill, the kernel, and what the kernel started
+        until(lambda: len(of_home(home)) >= 4)  # the command, papermill, the kernel, and what the kernel started
         process.send_signal(how)
         assert process.wait(60) != 0
         until(lambda: not of_home(home), 60)
