@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THEME', 'NEEDED', 'Desk', 'Step', 'read_size', 'keep_vote', 'restore_steps', 'cancel', 'updates', 'picture_dropped',
-           'build_page', 'add_routes', 'only_needed', 'create_app', 'claim_port', 'Server', 'serve']
+           'build_page', 'add_routes', 'add_results', 'only_needed', 'create_app', 'claim_port', 'Server', 'serve']
 
 # %% ../nbs/10_app.ipynb #imports
 import asyncio
@@ -190,8 +190,8 @@ def build_page(desk: Desk) -> gr.Blocks:
     return page
 
 # %% ../nbs/10_app.ipynb #pages
-def add_routes(app: FastAPI, desk: Desk, examples: Path, feedback: Path) -> None:
-    "The page's routes: pictures in, pictures out, votes in."
+def add_routes(app: FastAPI, desk: Desk, examples: Path) -> None:
+    "The page's routes for what is dropped: pictures in, examples out."
     one_at_a_time = asyncio.Semaphore(1)
 
     @app.post("/page/pictures", include_in_schema=False)
@@ -214,6 +214,11 @@ def add_routes(app: FastAPI, desk: Desk, examples: Path, feedback: Path) -> None
         if name not in view.EXAMPLES:
             raise Refused(404, "not_found", "there is no such example")
         return FileResponse(examples / name)
+
+# %% ../nbs/10_app.ipynb #pages-out
+def add_results(app: FastAPI, desk: Desk, feedback: Path) -> None:
+    "The page's routes for what was made of it: votes in, pictures out."
+    one_at_a_time = asyncio.Semaphore(1)
 
     @app.post("/page/{made}/vote", include_in_schema=False, status_code=201)
     async def vote(made: str, said: PageVote) -> dict:
@@ -265,7 +270,8 @@ def create_app(
     desk = Desk(engine, view.Shelf(folder / "shelf"), {})
     app = service.create_app(engine, home / "feedback.db", terms)
     app.state.shelf = desk.shelf
-    add_routes(app, desk, folder / "examples", home / "feedback.db")
+    add_routes(app, desk, folder / "examples")
+    add_results(app, desk, home / "feedback.db")
     page = build_page(desk).queue(max_size=64, api_open=False)
     gr.mount_gradio_app(app, page, "/", theme=THEME, css=view.PAGE_CSS + view.PARTS_CSS + card.CARD_CSS, footer_links=[], show_error=False, run_history=False, ssr_mode=False,
                         allowed_paths=[], max_file_size=1, enable_monitoring=False, mcp_server=False)
