@@ -31,7 +31,7 @@ class Panel:
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
-
+# %% ../nbs/07_dashboards.ipynb #render-panel
 def _thresholds(panel: Panel) -> dict:
     "Green and red; the lower end of the scale must be the first."
     if panel.least is not None:
