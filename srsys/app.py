@@ -32,7 +32,7 @@ from starlette.exceptions import HTTPException
 
 from . import card, image, registry, restore, serve as service, signals, view
 from .door import ROUTES, Patient, Terms
-from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, refusal
+from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, record_in, refusal
 from .keeper import mlflow_command, start_kept
 from .swap import load_table
 from .votes import Feedback, PageVote, keep_feedback
@@ -259,7 +259,7 @@ def only_needed(page):
 # %% ../nbs/10_app.ipynb #create-page-app
 def create_app(
     engine: Engine,
-    home: Path,  # for feedback.db
+    home: Path,  # for feedback.db and monitor.db
     folder: Path,  # for pictures and examples, as long as the server runs
     terms: Terms = Terms(),  # noqa: B008  (frozen)
 ) -> FastAPI:
@@ -268,6 +268,7 @@ def create_app(
     view.make_examples(folder / "examples")
     (folder / "shelf").mkdir()
     desk = Desk(engine, view.Shelf(folder / "shelf"), {})
+    record_in(engine, home / "monitor.db")
     app = service.create_app(engine, home / "feedback.db", terms)
     app.state.shelf = desk.shelf
     add_routes(app, desk, folder / "examples")
