@@ -105,6 +105,7 @@ def test_three_hundred_mutations_of_good_files(target):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_ten_thousand_mutations_of_good_files(target):
     try_mutations(target, 10_000)
 
