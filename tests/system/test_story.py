@@ -1,0 +1,190 @@
+"""The life of a model, whole: pictures come in, a network is fine-tuned on them, judged, promoted and served; a worse one is refused, and a promotion taken back.
+
+All of it by the commands that a timetable calls, with MLflow's own server on SQLite and on PostgreSQL. On SQLite each notebook is killed once, in the middle of what it does, before it may run through.
+"""
+import json
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from skimage import data
+
+from srsys import keeper, models, promotion, swap
+from srsys.image import Picture, encode_picture, save_picture
+from srsys.registry import Store, list_versions, register
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # two minutes for each database on an idle machine, ten on a busy one
+SRSYS = Path(sys.executable).with_name("srsys")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(true, within=240):
+    end = time.monotonic() + within
+    while not (found := true()):
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(.2)
+    return found
+
+
+def answers(address):
+    try:
+        return httpx.get(address, timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def postgres(tmp_path_factory, system_package):
+    "Starts a PostgreSQL; the address of its database."
+    running = []
+
+    def start():
+        system_package("psql")
+        tools = (sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(system_package("initdb")).parent])[-1]
+        folder, port, user = tmp_path_factory.mktemp("postgres"), free_port(), {}
+        if os.geteuid() == 0:  # which PostgreSQL refuses to be
+            user = {"user": "postgres"}
+            os.chown(folder, pwd.getpwnam("postgres").pw_uid, -1)
+            for parent in (folder.parent, folder.parent.parent):
+                parent.chmod(parent.stat().st_mode | 0o011)
+        subprocess.run([tools / "initdb", "-D", folder / "db", "-U", "mlflow", "--auth=trust", "--no-sync"], check=True, stdout=subprocess.DEVNULL, cwd="/", **user)
+        running.append(subprocess.Popen([tools / "postgres", "-D", folder / "db", "-p", str(port), "-h", "127.0.0.1", "-k", "", "-F"],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", **user))
+        at = ["-h", "127.0.0.1", "-p", str(port), "-U", "mlflow"]
+        until(lambda: subprocess.run([tools / "createdb", *at, "mlflow"], capture_output=True).returncode == 0)
+        return f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
+    yield start
+    for process in running:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def mlflow(request, tmp_path, monkeypatch):
+    "MLflow's server on a database of that kind: its address, which the environment has too."
+    database = request.getfixturevalue("postgres")() if request.param == "postgresql" else f"sqlite:///{tmp_path}/server.db"
+    (tmp_path / "server").mkdir()
+    command = keeper.mlflow_command(Store(tmp_path / "server", database), "127.0.0.1", port := free_port())
+    server = keeper.start_kept(command, tmp_path / "mlflow.log")
+    try:
+        until(lambda: answers(f"http://127.0.0.1:{port}/health") or server.poll() is not None)
+        assert server.poll() is None, (tmp_path / "mlflow.log").read_text()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.stdin.close()
+        server.wait(60)
+
+
+def worse(path, out, noise, seed):
+    "Weights with noise upon them, as a file of their own."
+    model, rng = models.load(path), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.net.parameters():
+            weight += noise * weight.std().nan_to_num(0) * torch.randn(weight.shape, generator=rng)
+    models.save(model.net, replace(model.card, notes=f"noise {noise}"), out)
+    return out
+
+
+def begin(notebook, *options):
+    return subprocess.Popen([SRSYS, "run", notebook, *(word for pair in options for word in ("-p", *map(str, pair))), "--json"],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run(notebook, *options):
+    process = begin(notebook, *options)
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, out + errors
+    return json.loads(out.splitlines()[-1])
+
+
+def kill_at(home, cell, notebook, *options):
+    "kill -9 while a cell works."
+    def works():
+        assert process.poll() is None, process.communicate()
+        try:
+            cells = json.loads(next(home.glob(f"runs/*/{notebook}.running.ipynb")).read_text())["cells"]
+        except (StopIteration, ValueError):  # not there, or half of it
+            return False
+        return any(c["id"] == cell and c["metadata"].get("papermill", {}).get("status") == "running" for c in cells)
+    process = begin(notebook, *options)
+    try:
+        until(works)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def fill(inbox):
+    "Pieces of photographs, and two files that are none."
+    inbox.mkdir(parents=True)
+    for name in ("astronaut", "coffee", "chelsea"):
+        pixels = getattr(data, name)()
+        for y in range(0, pixels.shape[0] - 95, 96):
+            for x in range(0, pixels.shape[1] - 95, 96):
+                save_picture(Picture(pixels[y:y + 96, x:x + 96]), inbox / f"{name}-{y}-{x}.png")
+    (inbox / "letter.png").write_text("Dear Sir or Madam,")
+    save_picture(Picture(np.full((128, 128, 3), 99, np.uint8)), inbox / "grey.png")
+
+
+def test_the_life_of_a_model(mlflow, home, serve, tmp_path, request):
+    store, killed = Store(home, mlflow), "sqlite" in request.node.name
+    steps = {"etl": ("take-in", [("side", 96), ("holdout", 3)]), "train": ("renew", [("steps", 60), ("batch", 4), ("patch", 24), ("learning_rate", 3e-4), ("validate_every", 20)]),
+             "evaluate": ("measure", [("least", 4), ("latency_ratio", 9.)]), "promote": ("decide", [("least", 4), ("latency_ratio", 9.)])}
+    first = register(store, worse(models.shipped()["fast-x4"], tmp_path / "first.safetensors", .06, 0), status="passed")
+    fill(home / "data/inbox")
+    app = serve(home, within=600)
+
+    def served():
+        answer = httpx.post(app.page + "/v1/restore", files={"file": ("a.png", encode_picture(Picture(data.astronaut()[:24, :32])))}, data={"model": "fast-x4"}, timeout=240)
+        assert answer.status_code == 200, answer.text
+        return answer.headers["X-Model-Version"]
+
+    def serves(version):
+        nonlocal app
+        if not hasattr(swap, "Watch"):  # then a server sees what is new when it starts
+            app.end()
+            app = serve(home, within=600)
+        until(lambda: served() == version.label)
+
+    serves(first)
+    done = {}
+    for notebook, (cell, options) in steps.items():
+        if killed:
+            kill_at(home, cell, notebook, *options)
+            assert {v.label: v.aliases for v in list_versions(store, "srsys-fast-x4")}[first.label] == ("champion",), "never without a champion"
+        done[notebook] = run(notebook, *options)["facts"]
+    assert killed or done["etl"]["quarantined"] >= 2 and done["etl"]["accepted"] >= 8, done  # those that were killed had done some of it
+    assert done["train"]["after"] > done["train"]["before"] + .1
+    assert done["evaluate"]["accepted"] and done["promote"] == {"accepted": True, "version": done["train"]["version"], "status": "passed"}, done
+    second = next(v for v in list_versions(store, "srsys-fast-x4") if "champion" in v.aliases)
+    assert second.label == done["train"]["version"] and second != first
+    serves(second)
+
+    third = promotion.propose(store, worse(models.shipped()["fast-x4"], tmp_path / "third.safetensors", .2, 1))
+    judged, refused = run("evaluate", *steps["evaluate"][1]), run("promote", *steps["promote"][1])
+    assert not judged["facts"]["accepted"] and refused["facts"] == {"accepted": False, "version": third.label, "status": "refused"}
+    assert f"may not replace {second.label}" in refused["words"] and "gain on validation" in refused["words"]
+    assert served() == second.label
+
+    back = subprocess.run([SRSYS, "rollback", "fast-x4"], capture_output=True, text=True, timeout=240)
+    assert back.returncode == 0 and first.label in back.stdout, back.stderr
+    serves(first)
+    assert not list(home.glob("runs/*/*.running.ipynb"))
+    kept = {p.name for p in home.glob("runs/*/*.ipynb")}
+    assert kept >= {f"{n}.{status}.ipynb" for n in steps for status in (["done", "killed"] if killed else ["done"])}
