@@ -24,7 +24,7 @@ run: $(READY) ## the app on http://127.0.0.1:7860 and MLflow on http://127.0.0.1
 test: $(READY) ## every test, with branch coverage of at least 95 %; SLOW=1 adds the slow ones
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(if $(SLOW),--slow)
 
-soak: $(READY) ## the long forms of the system tests, with their figures: ten thousand hostile files and the like
+soak: $(READY) ## the long forms of the system tests, with their figures: ten thousand hostile files, a thousand requests across swaps
 	$(BIN)/python -m pytest tests/system --slow -m slow -s
 
 lab: $(READY) ## the notebooks in JupyterLab, which cleans each as it saves it

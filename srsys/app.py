@@ -4,37 +4,36 @@
 
 # %% auto #0
 __all__ = ['THEME', 'NEEDED', 'Desk', 'Step', 'read_size', 'keep_vote', 'restore_steps', 'cancel', 'updates', 'picture_dropped',
-           'build_page', 'add_routes', 'add_results', 'only_needed', 'create_app', 'claim_port', 'Server', 'serve']
+           'build_page', 'add_routes', 'add_results', 'only_needed', 'create_app', 'claim_port', 'serve']
 
 # %% ../nbs/10_app.ipynb #imports
 import asyncio
-import functools
+import contextlib
 import logging
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 import prometheus_client
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
 from . import card, image, registry, restore, serve as service, signals, view
-from .door import ROUTES, Patient, Terms
+from .door import ROUTES, Terms
+from .drain import Server, run_server
 from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, record_in, refusal
 from .keeper import mlflow_command, start_kept
-from .swap import load_table
+from .swap import Watch, load_table, look, with_nudge
 from .votes import Feedback, PageVote, keep_feedback
 
 # %% ../nbs/10_app.ipynb #desk
@@ -292,38 +291,16 @@ def claim_port(host: str, port: int, option: str) -> socket.socket:
         raise OSError(f"cannot use port {port} on {host} ({error.strerror.lower()}); choose another with {option}") from error
     return claimed
 
-
-class Server(uvicorn.Server):
-    "Uvicorn that tells the engine at once when it is to end, and can be ended by an event."
-
-    def __init__(self, app: FastAPI, engine: Engine, stop: threading.Event, terms: Terms = Terms()):  # noqa: B008
-        protocol = functools.partial(Patient, patience=terms.patience)
-        super().__init__(uvicorn.Config(app, http=protocol, log_config=None, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=2))
-        self.engine, self.stop = engine, stop
-
-    def handle_exit(self, sig: int, frame) -> None:
-        self.stop.set()
-        super().handle_exit(sig, frame)
-
-    async def on_tick(self, counter: int) -> bool:
-        if self.stop.is_set():
-            self.should_exit = True
-            self.engine.closing = True
-            for job in list(self.engine.jobs):
-                job.cancel()
-        return await super().on_tick(counter)
-
 # %% ../nbs/10_app.ipynb #serve
 def serve(
     home: Path,  # SRSYS_HOME
-    host: str = "127.0.0.1",
-    port: int = 7860,  # 0: any
-    metrics_port: int = 9464,  # 0: any
+    host: str = "127.0.0.1", port: int = 7860, metrics_port: int = 9464,  # 0: any
     uri: str | None = None,  # of a shared MLflow server
     device: str = "auto", precision: str = "auto",
     mlflow_port: int | None = None,  # also start MLflow's page there; None: do not
     stop: threading.Event | None = None,  # ends the server when set, as Ctrl-C does
-    terms: Terms = Terms(),  # noqa: B008  who is let in
+    terms: Terms = Terms(),  # noqa: B008
+    poll: float = 30.0,  # seconds between two looks for new champions
 ) -> int:  # exit status
     "Serve page, API and metrics until Ctrl-C; say where. One line on stderr and 1 if a port is taken or the registry does not answer."
     stop, store, kept, failed = stop or threading.Event(), registry.Store(home, uri), [], []
@@ -352,7 +329,8 @@ def serve(
     print("srsys is starting …", flush=True)
     with tempfile.TemporaryDirectory(prefix="srsys-") as folder:
         app = create_app(engine := Engine(load, metrics=engine_metrics), Path(home), Path(folder), terms)
-        _run(Server(app, engine, stop, terms), claimed)
+        with _watching(engine, lambda table: look(table, store, device, precision), poll, metrics_server):
+            run_server(Server(app, engine, stop, terms), claimed)
     return _end(kept, metrics_server, failed)
 
 # %% ../nbs/10_app.ipynb #serve-metrics
@@ -365,6 +343,15 @@ def _serve_metrics(metrics: Metrics, home: Path, host: str, port: int) -> tuple:
     return server, thread
 
 # %% ../nbs/10_app.ipynb #serve-parts
+@contextlib.contextmanager
+def _watching(engine: Engine, look: Callable, poll: float, metrics_server) -> Iterator[None]:
+    "The watch over the registry, which the operator's port can nudge."
+    watch = Watch(engine, look, poll)
+    metrics_server.set_app(with_nudge(metrics_server.get_app(), watch.nudge))
+    yield
+    watch.end()
+
+
 def _announce(table: Table, address: tuple, metrics_port: int, mlflow_port: int | None) -> None:
     "Where everything is."
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -372,20 +359,6 @@ def _announce(table: Table, address: tuple, metrics_port: int, mlflow_port: int 
     lines += [f"MLflow:    http://{host}:{mlflow_port} (in a few seconds)"] * bool(mlflow_port)
     lines += [f"not served: {name}: {why}" for name, why in table.broken.items()]
     print("\n".join(lines), "\nCtrl-C ends all of it.", flush=True)
-
-
-def _run(server: Server, claimed: socket.socket) -> None:
-    "Run until Ctrl-C or SIGTERM, both of which end it in order."
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: None) if in_main else None
-    try:
-        server.run([claimed])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        claimed.close()
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _end(kept: list[subprocess.Popen], metrics_server, failed: list[Exception]) -> int:

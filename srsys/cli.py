@@ -101,7 +101,7 @@ def serve(
     set_up_logs(settings.log)
     terms = Terms(tuple(settings.tokens.get_secret_value().split()), settings.per_minute, settings.patience)
     raise typer.Exit(run(settings.home, host, port, metrics_port, settings.tracking_uri, device or settings.device,
-                         precision or settings.precision, mlflow_port, terms=terms))
+                         precision or settings.precision, mlflow_port, terms=terms, poll=settings.poll))
 
 # %% ../nbs/14_cli.ipynb #run
 class _Pairs(TyperCommand):

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     tokens: SecretStr = SecretStr("")  # who is served, if not everybody: tokens of at least 16 characters, with spaces between
     per_minute: int = Field(120, gt=0)  # pictures that each token may send
     patience: float = Field(20, gt=0)  # seconds until a request that does not arrive is given up
+    poll: float = Field(30, gt=0)  # seconds between two looks of the server for new champions
     device: str = "auto"
     precision: str = "auto"
     log: Literal["text", "json"] = "text"  # what the server says on stderr: lines for people, or one JSON object each

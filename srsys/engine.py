@@ -105,8 +105,7 @@ class Engine:
         self.load, self.limits, self.metrics, self.record = load, limits, metrics or Metrics(), lambda measures, label: None
         self.table: Table | None = None  # until it is warm
         self.closing, self.ended, self.pace = False, False, 1.0  # pace: seconds of the device that a picture took lately
-        self.jobs: list[Job] = []  # admitted and not finished
-        self.ready: list[Job] = []  # those that have been read and need the device
+        self.jobs, self.ready = [], []  # admitted and not finished; those of them that have been read and need the device
         self.changed, self.thread = threading.Condition(), threading.Thread(target=_work, args=[self], name="engine", daemon=True)
         self.quick, self.slow = workers.Pool(limits.workers or max(2, os.cpu_count() or 1), limits.step), workers.Pool(1, limits.step)
         self.metrics.capacity.set(limits.waiting)
@@ -121,10 +120,7 @@ class Engine:
     def use(self, table: Table) -> None:
         "From now on pictures are begun with these models; those in hand are finished with the ones that they began with."
         self.table = table
-        self.metrics.models.clear()
-        for name, (_, found) in table.served.items():
-            number, alias = (str(found.version.version), "champion") if found.version else ("shipped", "")
-            self.metrics.models.labels(name, number, alias, found.model.sha256[:12]).set(1)
+        _show_models(self.metrics, table)
 
     def check(self) -> None:
         "Raises Refused when there is no room, or not yet, or no longer."
@@ -140,6 +136,15 @@ class Engine:
         _close(self)
 
 # %% ../nbs/09_engine.ipynb #submit
+def _show_models(metrics: Metrics, table: Table) -> None:
+    metrics.models.clear()
+    for name, (_, found) in table.served.items():
+        number, alias = (str(found.version.version), "champion") if found.version else ("shipped", "")
+        metrics.models.labels(name, number, alias, found.model.sha256[:12]).set(1)
+    for label in table.refused:
+        metrics.models.labels(*label.removeprefix("srsys-").rsplit("/", 1), "refused", "").set(1)
+
+
 def _no_room(engine: Engine) -> Refused:
     word = "closing" if engine.closing else "starting" if engine.table is None else "full"
     engine.metrics.shed.labels(word).inc()

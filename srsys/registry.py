@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'ALIASES', 'RegistryError', 'Store', 'lock', 'asking', 'connect', 'experiment', 'Version', 'list_versions',
-           'champions', 'card_markdown', 'flat_scores', 'register', 'set_alias', 'register_shipped', 'load_version',
-           'member', 'Resolved', 'resolve']
+           'champions', 'card_markdown', 'flat_scores', 'register', 'set_alias', 'register_shipped', 'weights_file',
+           'load_version', 'member', 'Resolved', 'resolve']
 
 # %% ../nbs/06_registry.ipynb #imports
 import functools
@@ -262,7 +262,7 @@ def register_shipped(
     return done
 
 # %% ../nbs/06_registry.ipynb #load-version
-def _artifact(store: Store, version: Version) -> Path:
+def weights_file(store: Store, version: Version) -> Path:
     "The safetensors file of a version, on this machine: where it lies, or fetched once into a folder named by its digest."
     with asking(store) as client:
         uri = client.get_model_version_download_uri(version.name, str(version.version))
@@ -285,7 +285,7 @@ def load_version(
     version: Version,
 ) -> models.Model:
     "The network of a registered version, if its bytes are those that were registered. Raises RegistryError."
-    path = _artifact(store, version)
+    path = weights_file(store, version)
     if (found := fetch.sha256(path)) != version.sha256:
         expected = version.sha256[:12] or "none"
         raise RegistryError(f"{version.label} is refused: the digest it was registered with is {expected}, that of {path.name} is {found[:12]}")

@@ -121,10 +121,13 @@ def result_answer(result: Result, name: str, tag: str = "") -> StreamingResponse
 async def wait_for(job: Job, request: Request) -> Result:
     "The result of a job, as long as somebody waits for it; a client that goes away cancels it."
     done = asyncio.wrap_future(job.future)
-    while not (await asyncio.wait([done], timeout=0.25))[0]:
-        if await request.is_disconnected():
-            job.cancel()
-    return done.result()
+    try:
+        while not (await asyncio.wait([done], timeout=0.25))[0]:
+            if await request.is_disconnected():
+                job.cancel()
+        return done.result()
+    finally:
+        job.cancel()  # it is done, or nobody waits any more
 
 # %% ../nbs/09_serve.ipynb #contract
 ERRORS = {
@@ -228,7 +231,8 @@ def describe_models(table: Table | None) -> dict:
 def _version_answer(engine: Engine) -> dict:
     served = engine.table.served if engine.table else {}
     return {"srsys": installed_version("srsys"), "models": {name: found.label for name, (_, found) in served.items()},
-            "unavailable": engine.table.broken if engine.table else {}}
+            "unavailable": engine.table.broken if engine.table else {}, "refused": engine.table.refused if engine.table else {},
+            "registry": (engine.table.away if engine.table else "") or "answers"}
 
 # %% ../nbs/09_serve.ipynb #create-app
 def create_app(

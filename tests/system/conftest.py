@@ -49,8 +49,7 @@ def served(tmp_path_factory):
     assert running.end() == 0
 
 
-@pytest.fixture
-def serve():
+def _serve():
     "Start servers that end with the test, whatever it did to them."
     started = []
 
@@ -63,3 +62,7 @@ def serve():
         if running.process.poll() is None:
             running.process.kill()
             running.process.wait(30)
+
+
+serve = pytest.fixture(_serve)
+serve_long = pytest.fixture(_serve, scope="module")  # for a whole file

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     8: "cli",
     7: "app",
-    6: "serve timetable renewal batch makers release",
+    6: "serve timetable renewal batch makers release drain",
     5: "bench tables door train view card console trial jobs intake",
     4.5: "engine",
     4: "evaluate tracking recipes promotion keeper swap admission dashboards",

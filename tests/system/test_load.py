@@ -1,0 +1,230 @@
+"""The server under load: thirty-two people at once, models exchanged under their hands, decoders killed, and SIGTERM in the middle of it."""
+import concurrent.futures
+import contextlib
+import io
+import itertools
+import signal
+import threading
+import time
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from skimage import data
+
+from srsys import models, registry
+from srsys.image import open_picture
+
+pytestmark = pytest.mark.timeout(900)
+PHOTO = data.astronaut()[:60, 180:260].copy()
+NAME = "lighter-x2"  # a model of which each version makes a picture lighter by another amount
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def send(running, content, client=httpx, **fields):
+    return client.post(running.page + "/v1/restore", files={"file": ("cat.png", content)}, data={"model": "fast-x2"} | fields, timeout=200)
+
+
+def patiently(running, content, client, **fields):
+    "As a good client does it: told to come back, it comes back."
+    for _ in range(200):
+        answer = send(running, content, client, **fields)
+        if answer.status_code != 429:
+            return answer
+        time.sleep(0.2)
+    raise AssertionError("there was never room")
+
+
+def eventually(happened, seconds=120):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def version_of(level, folder):
+    "Weights that add a number of levels to every pixel and do nothing else."
+    net = models.Compact(2, features=4, convs=1)
+    net.body[-1].weight.data.zero_()
+    net.body[-1].bias.data.fill_(level / 255)
+    path = folder / f"{level}.safetensors"
+    models.save(net, models.Card(name=NAME, architecture="compact", scale=2), path)
+    return path
+
+
+def metric(running, name):
+    "The sum of a metric over its labels."
+    lines = [line for line in httpx.get(running.metrics).text.splitlines() if line.split("{")[0].split(" ")[0] == name]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def workers_of(running):
+    "Those processes of the server that read and write files."
+    for child in psutil.Process(running.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may just have ended
+            if "srsys import workers" in " ".join(child.cmdline()):
+                yield child
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory, serve_long):
+    "A server of this file's own, and its registry."
+    home = tmp_path_factory.mktemp("loaded")
+    registry.register(registry.Store(home), version_of(0, home))
+    running = serve_long(home)
+    running.home, running.store = home, registry.Store(home)
+    return running
+
+
+@contextlib.contextmanager
+def crowd(count):
+    with concurrent.futures.ThreadPoolExecutor(count) as people, httpx.Client(limits=httpx.Limits(max_connections=count)) as client:
+        yield people, client
+
+
+def test_thirty_two_at_once_are_all_served_each_with_their_own(loaded):
+    pictures = [np.roll(PHOTO, 2 * n, 1) for n in range(32)]
+    with crowd(32) as (people, client):
+        answers = list(people.map(lambda p: send(loaded, png(p), client, model=NAME), pictures))
+    assert [answer.status_code for answer in answers] == [200] * 32, "as many as thirty-three have room"
+    for picture, answer in zip(pictures, answers, strict=True):
+        assert np.array_equal(open_picture(answer.content).pixels, picture.repeat(2, 0).repeat(2, 1))
+
+
+def test_thumbnails_pass_the_large_and_those_who_go_away_free_their_places(loaded):
+    "More pixels than may wait: some are refused at once, the others' senders give up; meanwhile thumbnails are served."
+    large, refused = png(np.full((2600, 2600, 3), 90, np.uint8)), []  # 7 megapixels in many tiles
+
+    def go_away():
+        with contextlib.suppress(httpx.TimeoutException):
+            answer = httpx.post(loaded.page + "/v1/restore", files={"file": ("large.png", large)}, data={"model": "photo-x4"}, timeout=httpx.Timeout(120, read=10))
+            refused.append((answer.status_code, int(answer.headers.get("retry-after", 0))))
+
+    with crowd(36) as (people, client):
+        waits = [people.submit(go_away) for _ in range(30)]
+        eventually(lambda: len(refused) > 4 and metric(loaded, "srsys_queue_depth") > 9)
+        thumbnails = [send(loaded, png(PHOTO), client) for _ in range(5)]
+        for wait in waits:
+            wait.result()
+    assert [answer.status_code for answer in thumbnails] == [200] * 5
+    assert {code for code, _ in refused} == {429} and all(seconds >= 1 for _, seconds in refused), refused
+    eventually(lambda: metric(loaded, "srsys_queue_depth") == metric(loaded, "srsys_inflight_requests") == 0)
+    assert send(loaded, png(PHOTO)).status_code == 200
+
+
+def swap_under_load(running, requests, swaps, people_count=8):
+    "Requests of many people while the champion changes; the number of answers by version, and the versions that were registered."
+    levels = {f"srsys-{NAME}/{v.version}": None for v in registry.list_versions(running.store, f"srsys-{NAME}")}
+    levels[f"srsys-{NAME}/1"], seen, changed = 0, [], threading.Event()
+    counter, content, nudge = itertools.count(), png(PHOTO), running.metrics.replace("/metrics", "/nudge")
+
+    def work(client):
+        while next(counter) < requests or not changed.is_set():
+            answer = patiently(running, content, client, model=NAME)
+            assert answer.status_code == 200, answer.text
+            added = open_picture(answer.content).pixels.astype(int) - PHOTO.repeat(2, 0).repeat(2, 1)
+            inside = PHOTO.repeat(2, 0).repeat(2, 1) < 150  # where nothing is clipped
+            seen.append((answer.headers["x-model-version"], *np.unique(added[inside]).tolist()))
+
+    def serves():
+        return httpx.get(running.page + "/version").json()
+
+    with crowd(people_count) as (people, client):
+        working = [people.submit(work, client) for _ in range(people_count)]
+        try:
+            for turn in range(1, swaps + 1):
+                version = registry.register(running.store, version_of(4 * turn, running.home))
+                levels[version.label] = 4 * turn
+                if turn == swaps // 2:  # this one is corrupt
+                    registry.weights_file(running.store, version).write_bytes(b"half a file")
+                    httpx.post(nudge)
+                    eventually(lambda label=version.label: label in serves()["refused"])
+                    assert serves()["models"][NAME] != version.label
+                    assert f'alias="refused",name="{NAME}",sha="",version="{version.version}"' in httpx.get(running.metrics).text
+                else:
+                    httpx.post(nudge)
+                    eventually(lambda label=version.label: serves()["models"][NAME] == label)
+        finally:
+            changed.set()
+        for each in working:
+            each.result()
+    return seen, levels
+
+
+def check_swaps(seen, levels, requests):
+    assert len(seen) >= requests
+    for label, *added in seen:
+        assert added == [levels[label]], f"{label} adds {levels[label]}, and this picture has {added}"
+    return {label: sum(1 for other, *_ in seen if other == label) for label in levels}
+
+
+def test_models_are_exchanged_under_load_and_no_picture_is_mixed(loaded):
+    "Five changes of the champion, one of them to a corrupt file: no error, and every picture is that of the version it names."
+    counts = check_swaps(*swap_under_load(loaded, 200, 5), 200)
+    print(counts)
+    assert sum(count > 0 for count in counts.values()) >= 4
+
+
+def test_killed_decoders_cost_nobody_a_picture(loaded):
+    with crowd(8) as (people, client):
+        asked = [people.submit(patiently, loaded, png(PHOTO), client) for _ in range(60)]
+        for _ in range(3):
+            for worker in workers_of(loaded):
+                with contextlib.suppress(psutil.Error):
+                    worker.kill()
+            time.sleep(0.3)
+        codes = [one.result().status_code for one in asked]
+    # whose picture was in hand at two of the three blows is told that it could not be read
+    assert codes.count(200) >= 50 and set(codes) <= {200, 422, 500}, codes
+    assert send(loaded, png(PHOTO)).status_code == 200 and httpx.get(loaded.page + "/readyz").status_code == 200
+
+
+def test_sigterm_under_load_ends_in_order_and_leaves_no_child(loaded):
+    content = png(np.tile(PHOTO, (4, 4, 1)))
+    with crowd(32) as (people, client):
+        asked = [people.submit(send, loaded, content, client, model="photo-x2") for _ in range(32)]
+        eventually(lambda: metric(loaded, "srsys_queue_depth") >= 12)
+        children = psutil.Process(loaded.process.pid).children(recursive=True)
+        begun = time.monotonic()
+        loaded.process.send_signal(signal.SIGTERM)
+        answers = [one.result() for one in asked]
+    assert loaded.process.wait(60) == 0
+    print(f"ended after {time.monotonic() - begun:.1f} s")
+    codes = [answer.status_code for answer in answers]
+    print({code: codes.count(code) for code in sorted(set(codes))})
+    assert set(codes) <= {200, 499, 503}, "each has an answer"
+    assert all(open_picture(answer.content).width == 640 for answer in answers if answer.status_code == 200)
+    assert len(children) >= 2
+    eventually(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_across_five_swaps(tmp_path, serve):
+    registry.register(registry.Store(tmp_path), version_of(0, tmp_path))
+    running = serve(tmp_path)
+    running.home, running.store = tmp_path, registry.Store(tmp_path)
+    print(check_swaps(*swap_under_load(running, 1000, 5, 32), 1000))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_pictures(tmp_path, serve):
+    running, content = serve(tmp_path), png(PHOTO)
+    process = psutil.Process(running.process.pid)
+
+    def memory():
+        return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / 2**20
+
+    with crowd(8) as (people, client):
+        used = []
+        for _ in range(5):
+            assert {answer.status_code for answer in people.map(lambda _: patiently(running, content, client), range(400))} == {200}
+            used.append(memory())
+    print([f"{each:.0f} MB" for each in used])
+    assert used[-1] - used[0] < 100, used
