@@ -88,7 +88,7 @@ class Commands(TyperGroup):
         debug = read_settings().debug
         if not debug:
             warnings.simplefilter("ignore")
-            for name in ("mlflow", "alembic", "torch", "lightning"):
+            for name in ("mlflow", "alembic", "torch", "lightning", "pyvips"):
                 logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)

@@ -8,6 +8,7 @@ extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 nb_render_markdown_format = "myst"  # tables among the outputs
+suppress_warnings = ["mystnb.unknown_mime_type"]  # what programs read, such as a conclusion's facts, is not shown
 nb_code_prompt_show, nb_code_prompt_hide = "What the lessons share", "What the lessons share"
 myst_enable_extensions = ["dollarmath", "linkify"]
 myst_linkify_fuzzy_links = False

@@ -104,7 +104,7 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_its_data(wheel):
-    data = (".py", ".safetensors", ".toml")
+    data = (".py", ".safetensors", ".toml", ".json")
     committed = {name for name in git("ls-tree", "-r", "--name-only", "HEAD", "srsys/").decode().split() if name.endswith(data)}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("srsys/")} == committed
 
