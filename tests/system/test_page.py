@@ -14,6 +14,7 @@ from srsys.image import open_picture
 
 pytestmark = pytest.mark.timeout(400)
 PATIENCE = 90_000  # ms, for a machine that is busy with other things
+expect.set_options(timeout=PATIENCE)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -30,7 +31,7 @@ def open_page(browser, served):
         page.on("request", lambda r: None if r.url.startswith((served.page, "data:", "blob:")) else strange.append(r.url))
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.goto(served.page)
-        expect(page.get_by_role("button", name="Restore")).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_role("button", name="Restore")).to_be_visible()
         return page
 
     yield open_one
@@ -87,6 +88,7 @@ def test_a_picture_is_restored_compared_and_taken_home(open_page):
     for _ in range(25):
         page.keyboard.press("ArrowRight")
     assert share_of_after(page) == pytest.approx(0.25, abs=0.02)
+    page.evaluate("scrollTo(0, 0)")
     box = page.locator(".sheet").bounding_box()
     page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 50)
     page.mouse.down()
@@ -120,10 +122,10 @@ def test_cancel_ends_it_at_the_next_tile(open_page):
     page.get_by_role("button", name="Restore").click()
     page.get_by_role("progressbar").wait_for()
     page.get_by_role("button", name="Cancel").click()
-    expect(page.get_by_text("Cancelled; nothing was kept.")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Cancelled; nothing was kept.")).to_be_visible()
     expect(page.get_by_role("button", name="Cancel")).to_be_hidden()
     choose(page, file(data.coffee()[:60, :80]))
-    expect(page.get_by_alt_text("The picture you chose: holiday.png, 80 × 60 pixels")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_alt_text("The picture you chose: holiday.png, 80 × 60 pixels")).to_be_visible()
     restore(page)
 
 
@@ -136,7 +138,7 @@ def test_a_bad_file_is_one_plain_line(open_page, content, words):
     page = open_page()
     choose(page, {"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": content})
     said = page.locator(".said")
-    expect(said).to_contain_text(words, timeout=PATIENCE)
+    expect(said).to_contain_text(words)
     assert "holiday.jpg" in said.inner_text() and "Traceback" not in page.content()
     expect(page.get_by_role("button", name="Restore")).to_be_disabled()
 
@@ -144,14 +146,14 @@ def test_a_bad_file_is_one_plain_line(open_page, content, words):
 def test_an_example_says_what_it_is_and_a_picture_can_be_pasted(open_page):
     page = open_page()
     page.get_by_role("button", name="A clean small picture").click()
-    expect(page.get_by_alt_text("The picture you chose: coffee.png, 200 × 133 pixels")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_alt_text("The picture you chose: coffee.png, 200 × 133 pixels")).to_be_visible()
     expect(page.get_by_role("radio", name="A clean small picture")).to_be_checked()
     page.evaluate("""async () => {
       const blob = await (await fetch('page/examples/cat.jpg')).blob(), held = new DataTransfer();
       held.items.add(new File([blob], 'pasted.jpg'));
       document.dispatchEvent(new ClipboardEvent('paste', { clipboardData: held, bubbles: true }));
     }""")
-    expect(page.get_by_alt_text("The picture you chose: pasted.jpg, 225 × 150 pixels")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_alt_text("The picture you chose: pasted.jpg, 225 × 150 pixels")).to_be_visible()
 
 
 def test_another_champion_can_be_chosen(open_page):
@@ -184,6 +186,7 @@ def test_a_vote_is_kept_and_the_picture_only_if_it_was_given(open_page, served):
     page, folder = open_page(), served.home / "feedback"
     for keep in (False, True):
         choose(page, file(data.astronaut()[:120, 160:320]))
+        expect(page.get_by_alt_text("The picture you chose: holiday.png")).to_be_visible()  # the last result is gone
         restore(page)
         tick = page.get_by_label("Keep my picture")
         expect(tick).not_to_be_checked()
@@ -191,7 +194,7 @@ def test_a_vote_is_kept_and_the_picture_only_if_it_was_given(open_page, served):
         page.get_by_label("Why?").fill("the eyes are not hers")
         tick.set_checked(keep)
         page.get_by_role("button", name="Send").click()
-        expect(page.get_by_text(f"Thank you. Your picture is {'kept with your word' if keep else 'not kept'}.")).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_text(f"Thank you. Your picture is {'kept with your word' if keep else 'not kept'}.")).to_be_visible()
         with closing(sqlite3.connect(served.home / "feedback.db")) as db:
             made, *kept, picture = db.execute("SELECT request_id, vote, reason, model, picture FROM feedback ORDER BY rowid DESC").fetchone()
         assert kept == ["down", "the eyes are not hers", "srsys-photo-x4/1"] and picture == (f"{made}.png" if keep else None)
@@ -215,12 +218,12 @@ def test_it_is_used_without_a_mouse(open_page):
     press(page, "Tab", "Choose a picture")
     press(page, "Tab", "A portrait")
     page.keyboard.press("Enter")
-    expect(page.get_by_alt_text("The picture you chose: portrait.jpg")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_alt_text("The picture you chose: portrait.jpg")).to_be_visible()
     press(page, "Tab", "A damaged photo")
     for choice in ("A clean small picture", "×2"):  # Gradio's radio buttons are stops of their own
         press(page, "Tab", choice)
         page.keyboard.press("Space")
-        expect(page.get_by_role("radio", name=choice)).to_be_checked(timeout=PATIENCE)
+        expect(page.get_by_role("radio", name=choice)).to_be_checked()
     press(page, "Tab", "Restore")
     page.keyboard.press("Enter")
     page.get_by_role("link", name="Download the result").wait_for()
@@ -229,21 +232,21 @@ def test_it_is_used_without_a_mouse(open_page):
     assert share_of_after(page) == pytest.approx(1, abs=0.02)
     press(page, "Tab", "Look at 100 %")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Look at 100 %")).to_have_attribute("aria-pressed", "true", timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Look at 100 %")).to_have_attribute("aria-pressed", "true")
     press(page, "Tab", "Download the result")
     with page.expect_download() as download:
         page.keyboard.press("Enter")
     assert download.value.suggested_filename == "portrait-x2.png"
     press(page, "Tab", "Where does it depart?")
     page.keyboard.press("Enter")
-    expect(page.get_by_alt_text("The picture in grey")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_alt_text("The picture in grey")).to_be_visible()
     press(page, "Tab", "Yes")
     page.keyboard.press("Space")
     press(page, "Tab", "Why?")
     page.keyboard.type("clearer")
     press(page, "Tab", "Send")
     page.keyboard.press("Enter")
-    expect(page.get_by_text("Thank you. Your picture is not kept.")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Thank you. Your picture is not kept.")).to_be_visible()
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -253,13 +256,13 @@ def test_axe_finds_nothing(open_page, width, scheme):
     for state in ("empty", "failed", "restored"):
         if state == "failed":
             choose(page, {"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": b"Dear Sir or Madam,"})
-            expect(page.locator(".said")).to_contain_text("not a picture", timeout=PATIENCE)
+            expect(page.locator(".said")).to_contain_text("not a picture")
         if state == "restored":
             choose(page, file(data.astronaut()[:120, 160:320]))
-            expect(page.get_by_alt_text("The picture you chose: holiday.png")).to_be_visible(timeout=PATIENCE)
+            expect(page.get_by_alt_text("The picture you chose: holiday.png")).to_be_visible()
             restore(page)
             page.get_by_role("button", name="Where does it depart?").click()
-            expect(page.get_by_alt_text("The picture in grey")).to_be_visible(timeout=PATIENCE)
+            expect(page.get_by_alt_text("The picture in grey")).to_be_visible()
         found = Axe().run(page)
         assert found.violations_count == 0, f"{state}: {found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") <= width
