@@ -134,8 +134,11 @@ def test_looking_again():
             away = look(fifth, store, "cpu")
             assert away.away and away.served == fifth.served and look(away, store, "cpu") is away
         assert look(away, store, "cpu").away == ""
-        odd = store_with(saved(5.0, "odd-x2"), home=store.home)
-        assert "odd-x2" in look(fifth, store, "cpu").broken, "there was none before, so there is none"
+        registry.register(store, saved(5.0, "grey-x2"))
+        registry.register(store, saved(0.01, "odd-x2"), status="refused")
+        sixth = look(fifth, store, "cpu")
+        assert "grey-x2" in sixth.served, "there was none before whose place it would take"
+        assert "odd-x2" in sixth.broken, "there was none before, so there is none"
 
 
 def test_the_watch():
