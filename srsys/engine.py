@@ -47,7 +47,7 @@ class Job:
     def cancel(self, why: BaseException | None = None) -> None:
         "Wanted no longer. A waiting job leaves at once, a running one after its tile."
         done, total = self.progress
-        self.why = why or restore.Cancelled(f"cancelled after {done} of {total} tiles" if self.running else "cancelled while waiting")
+        self.why = self.why or why or restore.Cancelled(f"cancelled after {done} of {total} tiles" if self.running else "cancelled while waiting")
         self.stop.set()
         if self.on_stop:
             self.on_stop(self)

@@ -199,7 +199,7 @@ def test_sigterm_under_load_ends_in_order_and_leaves_no_child(loaded):
     print(f"ended after {time.monotonic() - begun:.1f} s")
     codes = [answer.status_code for answer in answers]
     print({code: codes.count(code) for code in sorted(set(codes))})
-    assert set(codes) <= {200, 499, 503}, "each has an answer"
+    assert set(codes) <= {200, 503} and codes.count(200) >= 13, "what was accepted is finished, what came later is told so"
     assert all(open_picture(answer.content).width == 640 for answer in answers if answer.status_code == 200)
     assert len(children) >= 2
     eventually(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
