@@ -82,7 +82,7 @@ promote: $(READY) ## the challenger of MODEL that passed the gate becomes champi
 
 KUBECTL = kubectl $(if $(KUBE_CONTEXT),--context $(KUBE_CONTEXT)) -n srsys
 deploy: ## to a cluster: OVERLAY=cpu IMAGE=registry/srsys TAG=…; then a picture goes to ADDRESS
-	kubectl kustomize docker/k8s/overlays/$(or $(OVERLAY),cpu) | \
+	manifests=$$(kubectl kustomize docker/k8s/overlays/$(or $(OVERLAY),cpu)) && printf '%s\n' "$$manifests" | \
 	  sed -E 's#image: srsys-([a-z]+):latest#image: $(or $(IMAGE),srsys)-\1:$(or $(TAG),latest)#' | $(KUBECTL) apply -f -
 	$(KUBECTL) rollout status deployment/srsys --timeout=15m
 	$(PYTHON) docker/smoke.py $(or $(ADDRESS),$(error say where it answers: ADDRESS=https://…)) $(TOKEN)
