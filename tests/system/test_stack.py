@@ -1,6 +1,6 @@
 """The topology of docker/compose.yaml as processes, with its environment variables: PostgreSQL, an S3-compatible server
-(moto's, which speaks the protocol), MLflow and srsys. A model is trained, registered and served, and is still served after
-everything was started anew."""
+(moto's, which speaks the protocol), MLflow and srsys. A model is trained, registered, promoted and served, and is still served
+after everything was started anew."""
 import io
 import os
 import pwd
@@ -19,9 +19,11 @@ from PIL import Image
 from skimage import data
 
 from srsys import tracking
+from srsys.gate import Decision, Reason
 from srsys.models import shipped
+from srsys.promotion import promote, propose
 from srsys.recipes import Compact, TrainConfig
-from srsys.registry import Store, champions, register, set_alias
+from srsys.registry import Store, champions
 from srsys.train import train
 
 pytestmark = pytest.mark.timeout(900)
@@ -152,12 +154,14 @@ def restored(running):
     return answer.headers["x-model-version"], answer.content
 
 
-def test_trained_registered_served_and_still_served_after_everything_was_started_anew(stack, serve, home, monkeypatch, tmp_path):
+def test_trained_registered_promoted_served_and_still_served_after_everything_was_started_anew(stack, serve, home, monkeypatch, tmp_path):
     stack.up()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address := stack.environment()["MLFLOW_TRACKING_URI"])
     store = Store(home, address)
-    version = register(store, train_small(store, tmp_path), alias="challenger", status="passed")
-    set_alias(store, version.name, "champion", version.version)
+    version = propose(store, train_small(store, tmp_path))
+    assert version.aliases == ("challenger",)
+    first = Decision(version.label, None, version.sha256, None, None, (Reason("trust", True, "two steps of training are judged by nobody"),))
+    assert promote(store, version.name, first).aliases == ("champion",)
     running = serve(tmp_path / "first")
     made_by, picture = restored(running)
     assert made_by == "srsys-small-x2/1"
@@ -165,6 +169,7 @@ def test_trained_registered_served_and_still_served_after_everything_was_started
 
     keys = {item["Key"].rsplit("/", 1)[1] for item in stack.s3().list_objects_v2(Bucket="srsys")["Contents"]}
     assert {"small-x2.safetensors", *(f"{name}.safetensors" for name in shipped())} <= keys, "weights lie in the bucket"
+    assert {"decision.md", "decision.json"} <= keys, "and why they were promoted"
     stack.down()
     stack.up()
     running = serve(tmp_path / "second")  # a machine that has nothing yet
