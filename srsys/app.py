@@ -20,6 +20,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -28,10 +29,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
-from . import card, image, registry, restore, serve as service, signals, view
+from . import card, registry, restore, serve as service, signals, view, workers
 from .door import ROUTES, Terms
 from .drain import Server, run_server
-from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, record_in, refusal
+from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, read_apart, record_in, refusal
 from .keeper import mlflow_command, start_kept
 from .swap import Watch, load_table, look, with_nudge
 from .votes import Feedback, PageVote, keep_feedback
@@ -65,15 +66,16 @@ def read_size(size: str) -> float | tuple[int, int]:
 # %% ../nbs/10_app.ipynb #keep-vote
 def _finish(desk: Desk, source: Path, folder: Path, result: Result) -> float:  # how far the colours moved
     "Make what a browser shows of a result, and keep beside it what it was made from."
-    h, plan = result.header, result.plan
-    view.make_preview(result.path, folder / "after.png", max_pixels=desk.engine.limits.pixels_out)
+    h, plan, most = result.header, result.plan, desk.engine.limits.pixels_out
+    apart = partial(read_apart, desk.engine.pool_for(plan), "the picture")
+    apart(workers.make_preview, result.path, folder / "after.png", None, most)
     for kept, name in (("before.png", "before.png"), ("upload", "given")):
         os.link(source.with_name(kept), folder / name)
     (folder / "label").write_text(result.label)
     if max(plan.width, plan.height) > view.PREVIEW:
         before, after = view.middle(h.width, h.height, plan.scale)
-        view.make_detail(source, folder / "before-detail.png", before)
-        view.make_detail(result.path, folder / "after-detail.png", after, desk.engine.limits.pixels_out)
+        apart(workers.make_detail, source, folder / "before-detail.png", before)
+        apart(workers.make_detail, result.path, folder / "after-detail.png", after, most)
     return card.colour_shift(folder / "before.png", folder / "after.png")
 
 
@@ -82,7 +84,7 @@ def keep_vote(desk: Desk, feedback: Path, made: str, said: PageVote) -> None:
     given, picture = desk.shelf.find(made, "given"), None
     if said.keep:
         picture = given.with_name("kept.png")
-        image.save_picture(image.open_picture(given, "upload", desk.engine.limits.pixels_in), picture)
+        read_apart(desk.engine.quick, "upload", workers.copy_picture, given, picture, "upload", desk.engine.limits.pixels_in)
     keep_feedback(feedback, Feedback(request_id=made, vote=said.vote, reason=said.reason), given.with_name("label").read_text(), picture)
     desk.engine.metrics.feedback.labels(said.vote).inc()
 
@@ -143,8 +145,8 @@ def picture_dropped(desk: Desk, event: gr.EventData) -> tuple:
     try:
         token = str(event.token)
         name = desk.shelf.find(token, "name").read_text()
-        with image.open_rows(desk.shelf.find(token, "upload"), name, desk.engine.limits.pixels_in) as reader:
-            step = Step("", view.before_html(token, name, reader.header), "")
+        header, _ = read_apart(desk.engine.quick, name, workers.read_file, desk.shelf.find(token, "upload"), None, name, desk.engine.limits.pixels_in, 0)
+        step = Step("", view.before_html(token, name, header), "")
     except Exception as error:
         return "", kind, *updates(Step(view.error_html(error)), ready=False)
     return token, kind, *updates(step)
@@ -200,7 +202,7 @@ def add_routes(app: FastAPI, desk: Desk, examples: Path) -> None:
             form = await service.read_form(request)
             ask = await asyncio.to_thread(service.read_ask, form, folder)
             async with one_at_a_time:
-                await asyncio.to_thread(view.make_preview, ask.source, folder / "before.png", ask.name, desk.engine.limits.pixels_in)
+                await asyncio.to_thread(read_apart, desk.engine.quick, ask.name, workers.make_preview, ask.source, folder / "before.png", ask.name, desk.engine.limits.pixels_in)
             (folder / "name").write_text(ask.name)
             return {"token": token}
         except BaseException as error:

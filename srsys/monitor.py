@@ -46,8 +46,8 @@ def jpeg_quality(
 ) -> int | None:                 # 1 … 100; None: it is no JPEG
     "The quality that libjpeg's tables nearest to this file's stand for; only the file's head is read."
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            return None if file.format not in ("JPEG", "MPO") else int(np.abs(_libjpeg() - _tables(file)[0]).sum(1).argmin()) + 1
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=["JPEG"]) as file:
+            return int(np.abs(_libjpeg() - _tables(file)[0]).sum(1).argmin()) + 1
     except (OSError, SyntaxError, ValueError, IndexError): return None
 
 # %% ../nbs/05_monitor.ipynb #measure-input

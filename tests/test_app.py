@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from srsys import image, registry, view
+from srsys import registry, view, workers
 from srsys.engine import Engine
 from srsys.swap import load_table
 
@@ -24,7 +24,7 @@ import torch
 from fastapi.testclient import TestClient
 from skimage import data
 
-from srsys import models
+from srsys import image, models
 from srsys.engine import Limits, flow
 
 # 10_app.ipynb #lesson-objects
@@ -88,7 +88,7 @@ def test_behind_the_page():
         token, folder = desk.shelf.new()
         shutil.copy(path, folder / "upload")
         with contextlib.suppress(image.ImageError):
-            view.make_preview(path, folder / "before.png")
+            workers.make_preview(path, folder / "before.png")
         (folder / "name").write_text(path.name)
         return token
 
@@ -151,7 +151,7 @@ def test_the_page():
     print(*[words for words, _ in view.model_choices(desk.engine.table)][:3], sep="\n")
     token, folder = desk.shelf.new()
     shutil.copy(picture_file(), folder / "upload")
-    view.make_preview(picture_file(), folder / "before.png")
+    workers.make_preview(picture_file(), folder / "before.png")
     (folder / "name").write_text("cat.png")
     found, kind, said, seen, facts, go, stop = picture_dropped(desk, gr.EventData(None, {"token": token, "kind": "fast"}))
     assert (found, kind, said, go["interactive"], stop["visible"]) == (token, "fast", "", True, False) and "cat.png, 160 × 96 pixels" in seen

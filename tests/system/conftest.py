@@ -17,11 +17,11 @@ SRSYS = Path(sys.executable).with_name("srsys")
 class Served:
     "A running `srsys serve`: its addresses, by what they are called on the screen, and its end."
 
-    def __init__(self, home, *options, within=240):
+    def __init__(self, home, *options, within=240, **environment):
         self.home = home
         self.process = subprocess.Popen(
             [SRSYS, "serve", "--port", "0", "--metrics-port", "0", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "2"})
+            text=True, env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "2"} | environment)
         self.home, lines, self.said = home, queue.Queue(), []
         threading.Thread(target=lambda: [lines.put(line) for line in iter(self.process.stdout.readline, "")] and lines.put(""), daemon=True).start()
         end = time.monotonic() + within

@@ -3,6 +3,7 @@ import concurrent.futures
 import contextlib
 import io
 import itertools
+import os
 import signal
 import threading
 import time
@@ -20,6 +21,20 @@ from srsys.image import open_picture
 pytestmark = pytest.mark.timeout(900)
 PHOTO = data.astronaut()[:60, 180:260].copy()
 NAME = "lighter-x2"  # a model of which each version makes a picture lighter by another amount
+DRAINED = 25 + 20  # seconds that the end may take: the product's, and some for a machine that is busy with other things
+POISON = b"this file ends whoever reads it"  # as one for which a decoder has a hole, in servers whose workers have this in their sitecustomize
+HOLE = f"""
+import os, sys
+looking = []
+def look(event, args):
+    if event == "open" and not looking and str(args[0]).endswith("/upload"):
+        looking.append(True)
+        if open(args[0], "rb").read(100).startswith({POISON!r}):
+            os.abort()
+        looking.clear()
+if "srsys import workers" in sys.orig_argv[-2]:
+    sys.addaudithook(look)
+"""
 
 
 def png(pixels):
@@ -78,7 +93,8 @@ def loaded(tmp_path_factory, serve_long):
     "A server of this file's own, and its registry."
     home = tmp_path_factory.mktemp("loaded")
     registry.register(registry.Store(home), version_of(0, home))
-    running = serve_long(home)
+    (hole := tmp_path_factory.mktemp("hole")).joinpath("sitecustomize.py").write_text(HOLE)
+    running = serve_long(home, PYTHONPATH=os.pathsep.join([str(hole), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
     running.home, running.store = home, registry.Store(home)
     return running
 
@@ -173,6 +189,7 @@ def test_models_are_exchanged_under_load_and_no_picture_is_mixed(loaded):
 
 
 def test_killed_decoders_cost_nobody_a_picture(loaded):
+    "A picture is tried four times, and there are three blows."
     with crowd(8) as (people, client):
         asked = [people.submit(patiently, loaded, png(PHOTO), client) for _ in range(60)]
         for _ in range(3):
@@ -181,9 +198,24 @@ def test_killed_decoders_cost_nobody_a_picture(loaded):
                     worker.kill()
             time.sleep(0.3)
         codes = [one.result().status_code for one in asked]
-    # whose picture was in hand at two of the three blows is told that it could not be read
-    assert codes.count(200) >= 50 and set(codes) <= {200, 422, 500}, codes
+    assert codes == [200] * 60, codes
     assert send(loaded, png(PHOTO)).status_code == 200 and httpx.get(loaded.page + "/readyz").status_code == 200
+
+
+def test_a_file_that_ends_its_reader_fails_alone(loaded):
+    "Through the API and through the page, while others are served: its own request is told, and the server stands."
+    def drop(content):
+        return httpx.post(loaded.page + "/page/pictures", files={"file": ("cat.png", content)}, timeout=200)
+
+    with crowd(8) as (people, client):
+        others = [people.submit(patiently, loaded, png(PHOTO), client) for _ in range(12)]
+        ended = [people.submit(patiently, loaded, POISON, client) for _ in range(2)] + [people.submit(drop, POISON) for _ in range(2)]
+        others += [people.submit(drop, png(PHOTO))] + [people.submit(patiently, loaded, png(PHOTO), client) for _ in range(6)]
+        assert [one.result().status_code for one in others] == [200] * 19
+        answers = [one.result() for one in ended]
+    assert {(answer.status_code, answer.json()["error"]) for answer in answers} == {(422, "broken_image")}, [answer.text for answer in answers]
+    assert "not to be read" in answers[0].json()["detail"] and "not to be read" in answers[-1].json()["detail"]
+    assert loaded.process.poll() is None and httpx.get(loaded.page + "/readyz").status_code == 200
 
 
 def test_sigterm_under_load_ends_in_order_and_leaves_no_child(loaded):
@@ -196,7 +228,8 @@ def test_sigterm_under_load_ends_in_order_and_leaves_no_child(loaded):
         loaded.process.send_signal(signal.SIGTERM)
         answers = [one.result() for one in asked]
     assert loaded.process.wait(60) == 0
-    print(f"ended after {time.monotonic() - begun:.1f} s")
+    print(f"ended after {(took := time.monotonic() - begun):.1f} s")
+    assert took < DRAINED, "the server gives itself 20 seconds, and 25 at most"
     codes = [answer.status_code for answer in answers]
     print({code: codes.count(code) for code in sorted(set(codes))})
     assert set(codes) <= {200, 503} and codes.count(200) >= 13, "what was accepted is finished, what came later is told so"
