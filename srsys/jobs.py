@@ -24,13 +24,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
-import nbformat
 import psutil
 from IPython.display import display, update_display
 
 from .signals import leave_signals
 
 # %% ../nbs/11_jobs.ipynb #parameters
+def _nbformat():
+    "nbformat, without the grammar of internationalised addresses that jsonschema would make for it, which takes longer than all else and which no notebook needs."
+    hidden = sys.modules.setdefault("rfc3987_syntax", None)
+    try:
+        import nbformat
+    finally:
+        if hidden is None:
+            sys.modules.pop("rfc3987_syntax", None)
+    return nbformat
+
+
 class JobError(RuntimeError):
     "A notebook that cannot be run, is running already, or failed."
 
@@ -44,7 +54,7 @@ def parameters(
 ) -> dict[str, object]:
     "A notebook's parameters with their defaults. Raises JobError if it has no cell that is tagged so, or more than plain values there."
     try:
-        cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", ())]
+        cells = [c for c in _nbformat().read(path, 4).cells if "parameters" in c.metadata.get("tags", ())]
     except FileNotFoundError as error:
         raise JobError(f"there is no notebook {path}") from error
     except Exception as error:  # nbformat's own are many
@@ -105,7 +115,7 @@ def conclusion(
     path: Path,  # of an executed notebook
 ) -> tuple[str, dict]:  # words, facts; neither if it did not come that far
     "What an executed notebook came to."
-    outputs = [out for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", ())]
+    outputs = [out for cell in _nbformat().read(path, 4).cells for out in cell.get("outputs", ())]
     data = next((out.data for out in outputs if CONCLUSION in out.get("data", {})), {})
     return data.get("text/markdown", ""), dict(data.get(CONCLUSION, {}))
 
@@ -143,6 +153,7 @@ def work() -> None:
 
 def _papermill(notebook: str, out: str, parameters: dict, cwd: str, cell_limit: float) -> None:
     "Run a notebook in this process; exits with one line if it fails."
+    _nbformat()  # before papermill
     import papermill
     braces = str.maketrans({"{": "{{", "}": "}}"})  # papermill formats its paths
     try:
@@ -195,7 +206,7 @@ class Result:
 
 def _traceback(path: Path) -> str:
     "The error in an executed notebook."
-    outputs = [out for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", ()) if out.output_type == "error"]
+    outputs = [out for cell in _nbformat().read(path, 4).cells for out in cell.get("outputs", ()) if out.output_type == "error"]
     return next((f"{out.ename}: {out.evalue}".splitlines()[0] for out in outputs if out.ename != "SystemExit" or out.evalue not in ("", "0")), "")
 
 
@@ -203,6 +214,7 @@ def _settle(running: Path, status: str, note: str = "") -> Path:
     "Give an executed notebook the name of how it ended, a note at its top, and a page beside it."
     path = running.with_name(running.name.replace(".running.", f".{status}."))
     if note:
+        nbformat = _nbformat()
         nb = nbformat.read(running, 4)
         nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"**{status.capitalize()}**: {note}"))
         nbformat.write(nb, running)
@@ -298,7 +310,7 @@ def run(
 def _finish(running: Path, home: Path, webhook: str | None, keep: Callable, name: str, begun: datetime, error: str) -> Result:
     "Keep the record of a run, and tell of it. Raises JobFailed."
     if not running.exists():  # it did not even begin
-        nbformat.write(nbformat.v4.new_notebook(), running)
+        _nbformat().write(_nbformat().v4.new_notebook(), running)
     status, found = "failed" if error else "done", _traceback(running) if error.startswith("PapermillExecutionError") else ""
     words, facts = conclusion(running)
     path = _settle(running, status, "" if found else error)

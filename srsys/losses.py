@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 # %% ../nbs/04_losses.ipynb #pixels
 def l1(
@@ -55,6 +53,7 @@ def ms_ssim(
     octaves = sum(side//max(1, i**2) > 10 for i in range(len(_BETAS)))  # what torchmetrics accepts
     if not octaves: raise ValueError(f"MS-SSIM needs patches of at least 11×11 pixels, not {hr_nchw.shape[3]}×{hr_nchw.shape[2]}")
     betas = tuple(b/sum(_BETAS[:octaves]) for b in _BETAS[:octaves])
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # it and torchvision take seconds, and not every loss needs them
     return 1 - multiscale_structural_similarity_index_measure(sr_nchw, hr_nchw, data_range=1., betas=betas, normalize="relu")
 
 
@@ -66,7 +65,7 @@ def fft(
     return torch.view_as_real(torch.fft.rfft2(sr_nchw.float(), norm="ortho") - torch.fft.rfft2(hr_nchw.float(), norm="ortho")).abs().mean()
 
 # %% ../nbs/04_losses.ipynb #perceptual
-VGG19_URL = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url
+VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 LAYERS = {2: .1, 7: .1, 16: 1., 25: 1., 34: 1.}  # VGG19's conv1_2, 2_2, 3_4, 4_4, 5_4 before their ReLU, and their weights
 
 
@@ -77,7 +76,8 @@ class Perceptual(nn.Module):
     ):
         super().__init__()
         if not Path(weights).is_file(): raise FileNotFoundError(f"the perceptual loss needs VGG19's weights in {weights}; they come from {VGG19_URL}")
-        with torch.device("meta"): self.features = torchvision.models.vgg19().features[:max(LAYERS) + 1].eval()
+        from torchvision.models import vgg19
+        with torch.device("meta"): self.features = vgg19().features[:max(LAYERS) + 1].eval()
         state = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
         self.features.load_state_dict({k: state[f"features.{k}"] for k in self.features.state_dict()}, assign=True)
         for layer in self.features.requires_grad_(False):

@@ -31,8 +31,9 @@ class RegistryError(RuntimeError):
 STATUSES = ("passed", "refused", "bootstrap")  # of the gate; bootstrap: shipped or fetched, nothing to be compared with
 ALIASES = ("champion", "challenger", "previous")
 _log = logging.getLogger("srsys.registry")
-_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-          "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "GIT_PYTHON_REFRESH": "quiet"}
+_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true", "GIT_PYTHON_REFRESH": "quiet",
+          # MLflow's server answers 503 where its database is busy, for which it waits 20 s itself: wait longer, and come again after 0, 2, 4 and 8 s
+          "MLFLOW_HTTP_REQUEST_TIMEOUT": "25", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
 
 # %% ../nbs/06_registry.ipynb #store-class
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from . import models
@@ -153,7 +152,7 @@ def validate(
 class Run:
     "A run in progress"
     config: TrainConfig
-    fabric: Fabric
+    fabric: object            # lightning's Fabric
     net: nn.Module            # in training
     ema: nn.Module            # its average, plain
     optimizer: torch.optim.Optimizer
@@ -178,10 +177,11 @@ def weights_of(net: nn.Module) -> dict[str, torch.Tensor]:
 def make_fabric(
     config: TrainConfig,
     accelerator: str = "auto",
-) -> Fabric:
+) -> object:  # lightning's Fabric
     "One device, or all that torchrun started a process for. Raises `TrainError` if a step's batches cannot be shared evenly."
     world, local = (int(os.environ.get(k, 1)) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if config.accumulate % world: raise TrainError(f"{config.name} has {config.accumulate} batches a step, which {world} processes cannot share evenly; set accumulate to a multiple")
+    from lightning.fabric import Fabric  # takes seconds, and who only judges needs none
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=max(1, world//local), strategy="ddp" if world > 1 else "auto", precision=config.precision)
     fabric.launch()
     return fabric
@@ -189,7 +189,7 @@ def make_fabric(
 # %% ../nbs/08_train.ipynb #set-up
 def set_up(
     config: TrainConfig,
-    fabric: Fabric,
+    fabric,  # of `make_fabric`
     start: models.Model | None = None,    # weights to go on from
     teacher: models.Model | None = None,
     vgg: Path | str = "vgg19-dcbb9e9d.pth",  # torchvision's weights, for the perceptual loss

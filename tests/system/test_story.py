@@ -1,8 +1,7 @@
 """The life of a model, whole: pictures come in, a network is fine-tuned on them, judged, promoted and served; a worse one is refused, and a promotion taken back.
 
-All of it by the commands that a timetable calls, with MLflow's own server on SQLite and on PostgreSQL. On SQLite each notebook is killed once, in the middle of what it does, before it may run through.
+The notebooks run as the timetable runs them, with MLflow's own server on SQLite and on PostgreSQL, while people are served.
 """
-import json
 import os
 import pwd
 import signal
@@ -19,12 +18,14 @@ import pytest
 import torch
 from skimage import data
 
-from srsys import keeper, models, promotion, swap
+from srsys import jobs, keeper, models, promotion
 from srsys.image import Picture, encode_picture, save_picture
 from srsys.registry import Store, list_versions, register
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # two minutes for each database on an idle machine, ten on a busy one
-SRSYS = Path(sys.executable).with_name("srsys")
+pytestmark = pytest.mark.timeout(900)  # a minute for each database on an idle machine
+SRSYS, SCHEDULED = Path(sys.executable).with_name("srsys"), Path(__file__).resolve().parents[2] / "scheduled"
+STEPS = {"etl": {"side": 96, "holdout": 3}, "train": {"steps": 60, "batch": 4, "patch": 24, "learning_rate": 3e-4, "validate_every": 20},
+         "evaluate": {"least": 4, "latency_ratio": 9.}, "promote": {"least": 4, "latency_ratio": 9.}}
 
 
 def free_port():
@@ -101,35 +102,6 @@ def worse(path, out, noise, seed):
     return out
 
 
-def begin(notebook, *options):
-    return subprocess.Popen([SRSYS, "run", notebook, *(word for pair in options for word in ("-p", *map(str, pair))), "--json"],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def run(notebook, *options):
-    process = begin(notebook, *options)
-    out, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, out + errors
-    return json.loads(out.splitlines()[-1])
-
-
-def kill_at(home, cell, notebook, *options):
-    "kill -9 while a cell works."
-    def works():
-        assert process.poll() is None, process.communicate()
-        try:
-            cells = json.loads(next(home.glob(f"runs/*/{notebook}.running.ipynb")).read_text())["cells"]
-        except (StopIteration, ValueError):  # not there, or half of it
-            return False
-        return any(c["id"] == cell and c["metadata"].get("papermill", {}).get("status") == "running" for c in cells)
-    process = begin(notebook, *options)
-    try:
-        until(works)
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def fill(inbox):
     "Pieces of photographs, and two files that are none."
     inbox.mkdir(parents=True)
@@ -142,49 +114,37 @@ def fill(inbox):
     save_picture(Picture(np.full((128, 128, 3), 99, np.uint8)), inbox / "grey.png")
 
 
-def test_the_life_of_a_model(mlflow, home, serve, tmp_path, request):
-    store, killed = Store(home, mlflow), "sqlite" in request.node.name
-    steps = {"etl": ("take-in", [("side", 96), ("holdout", 3)]), "train": ("renew", [("steps", 60), ("batch", 4), ("patch", 24), ("learning_rate", 3e-4), ("validate_every", 20)]),
-             "evaluate": ("measure", [("least", 4), ("latency_ratio", 9.)]), "promote": ("decide", [("least", 4), ("latency_ratio", 9.)])}
+def test_the_life_of_a_model(mlflow, home, serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("SRSYS_POLL", "3")
+    store = Store(home, mlflow)
     first = register(store, worse(models.shipped()["fast-x4"], tmp_path / "first.safetensors", .06, 0), status="passed")
     fill(home / "data/inbox")
     app = serve(home, within=600)
+
+    def run(notebook):
+        return jobs.run(SCHEDULED / f"{notebook}.ipynb", home, STEPS[notebook], store, limit=600)
 
     def served():
         answer = httpx.post(app.page + "/v1/restore", files={"file": ("a.png", encode_picture(Picture(data.astronaut()[:24, :32])))}, data={"model": "fast-x4"}, timeout=240)
         assert answer.status_code == 200, answer.text
         return answer.headers["X-Model-Version"]
 
-    def serves(version):
-        nonlocal app
-        if not hasattr(swap, "Watch"):  # then a server sees what is new when it starts
-            app.end()
-            app = serve(home, within=600)
-        until(lambda: served() == version.label)
-
-    serves(first)
-    done = {}
-    for notebook, (cell, options) in steps.items():
-        if killed:
-            kill_at(home, cell, notebook, *options)
-            assert {v.label: v.aliases for v in list_versions(store, "srsys-fast-x4")}[first.label] == ("champion",), "never without a champion"
-        done[notebook] = run(notebook, *options)["facts"]
-    assert killed or done["etl"]["quarantined"] >= 2 and done["etl"]["accepted"] >= 8, done  # those that were killed had done some of it
+    assert served() == first.label
+    done = {notebook: run(notebook).facts for notebook in STEPS}
+    assert done["etl"]["quarantined"] >= 2 and done["etl"]["accepted"] >= 8, done
     assert done["train"]["after"] > done["train"]["before"] + .1
     assert done["evaluate"]["accepted"] and done["promote"] == {"accepted": True, "version": done["train"]["version"], "status": "passed"}, done
     second = next(v for v in list_versions(store, "srsys-fast-x4") if "champion" in v.aliases)
     assert second.label == done["train"]["version"] and second != first
-    serves(second)
+    until(lambda: served() == second.label)  # by the same process, which never stopped
 
     third = promotion.propose(store, worse(models.shipped()["fast-x4"], tmp_path / "third.safetensors", .2, 1))
-    judged, refused = run("evaluate", *steps["evaluate"][1]), run("promote", *steps["promote"][1])
-    assert not judged["facts"]["accepted"] and refused["facts"] == {"accepted": False, "version": third.label, "status": "refused"}
-    assert f"may not replace {second.label}" in refused["words"] and "gain on validation" in refused["words"]
+    judged, refused = run("evaluate"), run("promote")
+    assert not judged.facts["accepted"] and refused.facts == {"accepted": False, "version": third.label, "status": "refused"}
+    assert f"may not replace {second.label}" in refused.words and "gain on validation" in refused.words
     assert served() == second.label
 
     back = subprocess.run([SRSYS, "rollback", "fast-x4"], capture_output=True, text=True, timeout=240)
     assert back.returncode == 0 and first.label in back.stdout, back.stderr
-    serves(first)
-    assert not list(home.glob("runs/*/*.running.ipynb"))
-    kept = {p.name for p in home.glob("runs/*/*.ipynb")}
-    assert kept >= {f"{n}.{status}.ipynb" for n in steps for status in (["done", "killed"] if killed else ["done"])}
+    until(lambda: served() == first.label)
+    assert app.process.poll() is None and {p.name for p in home.glob("runs/*/*.ipynb")} == {f"{notebook}.done.ipynb" for notebook in STEPS}
