@@ -119,7 +119,7 @@ def conclusion(
     data = next((out.data for out in outputs if CONCLUSION in out.get("data", {})), {})
     return data.get("text/markdown", ""), dict(data.get(CONCLUSION, {}))
 
-# %% ../nbs/11_jobs.ipynb #work
+# %% ../nbs/11_jobs.ipynb #groups
 def _groups(pid: int) -> set[int]:
     "The process groups of a process's children."
     found = set()
@@ -135,7 +135,7 @@ def _kill(groups: Iterable[int]) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
 
-
+# %% ../nbs/11_jobs.ipynb #work
 def _follow(stream) -> None:
     "Wait until whoever started this process is gone, and go too."
     while stream.read(1):
