@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelName', 'Device', 'Precision', 'Trust', 'AsJson', 'default_home', 'default_scheduled', 'Settings', 'plain',
-           'make_console', 'read_settings', 'Commands', 'resolve_model', 'Pace', 'Screen']
+           'make_console', 'read_settings', 'Commands', 'resolve_model', 'Pace', 'make_bar', 'Screen']
 
 # %% ../nbs/12_console.ipynb #imports
 import logging
@@ -134,14 +134,18 @@ class Pace(ProgressColumn):
         return Text(f"{self.seconds * task.speed:.3g} {self.unit}" if task.speed else "")
 
 
+def make_bar(console: Console | None, unit: str, seconds: int = 1) -> Progress:
+    "A bar with rate and time left; none where nobody looks."
+    return Progress(MofNCompleteColumn(), BarColumn(), Pace(unit, seconds), TimeRemainingColumn(), TextColumn("{task.description}", markup=False),
+                    console=console, transient=True, disable=not (console and console.is_terminal))
+
+# %% ../nbs/12_console.ipynb #screen
 class Screen:
-    "Shows how `restore_files` goes on: a `batch.Watch`."
+    "Shows how `restore_files` goes on: a `folder.Watch`."
 
     def __init__(self, console: Console | None, total: int):
         self.console, self.errors = console, make_console(stderr=True)
-        self.bar = Progress(MofNCompleteColumn(), BarColumn(), Pace("pictures/min", 60), TimeRemainingColumn(),
-                            TextColumn("{task.description}", markup=False),
-                            console=console, transient=True, disable=not (console and console.is_terminal))
+        self.bar = make_bar(console, "pictures/min", 60)
         self.task = self.bar.add_task("", total=total)
 
     def begin(self, source: Path, index: int, total: int) -> None:

@@ -82,7 +82,7 @@ def test_restore():
     # 14_cli.ipynb #restore-interrupted
     with album() as (photos, out):
         for error, expected in ((KeyboardInterrupt(), "interrupted"), (ZeroDivisionError("by nought"), "ZeroDivisionError: by nought")):
-            with mock.patch("srsys.batch.restore_files", side_effect=error):
+            with mock.patch("srsys.folder.restore_files", side_effect=error):
                 status, output, errors = srsys("restore", photos, "-o", out)
                 print(errors.strip().splitlines()[-1])
                 assert status == 1 and expected in errors

@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     8: "cli",
-    7: "app",
-    6: "serve timetable renewal batch makers release drain",
+    7.5: "batch",
+    7: "app archive",
+    6: "serve timetable renewal folder makers release drain",
     5: "bench tables door train view card console trial jobs intake",
     4.5: "engine",
     4: "evaluate tracking recipes promotion keeper swap admission dashboards",
@@ -22,7 +23,7 @@ FLOORS = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # packages that few modules know
-ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "papermill": {"jobs"}, "apscheduler": {"timetable"},
+ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "fsspec": {"archive"}, "pyarrow": {"archive", "batch"}, "papermill": {"jobs"}, "apscheduler": {"timetable"},
          "typer": {"console", "makers", "release", "cli"}, "pydantic_settings": {"console"}}
 MODULES = sorted(path for path in ROOT.glob("srsys/*.py") if not path.stem.startswith("_"))
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
