@@ -4,6 +4,7 @@ Both live in nbs/_pages because nbdev passes over what begins with an underscore
 """
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -100,7 +101,7 @@ def prepare(page, sources, homes):
 
 
 def main():
-    proc = proc_nbs(force=True, n_workers=1)
+    proc = proc_nbs(force=True, n_workers=os.cpu_count())
     made = {path.stem: exported(path) for path in ROOT.glob("nbs/*.ipynb")}
     homes = {module: f"{stem}.ipynb" for stem, (module, _) in made.items()}
     for page in proc.glob("*.ipynb"):
