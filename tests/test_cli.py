@@ -9,6 +9,8 @@ from srsys.cli import main
 import re
 import tempfile
 from datetime import datetime
+from functools import partial
+from itertools import count
 from unittest import mock
 
 import torch
@@ -16,6 +18,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 from srsys import jobs
+from srsys.batch import Progress
 from srsys.image import Picture, open_picture, save_picture
 
 # 14_cli.ipynb #lesson-helpers
@@ -86,6 +89,30 @@ def test_restore():
                 status, output, errors = srsys("restore", photos, "-o", out)
                 print(errors.strip().splitlines()[-1])
                 assert status == 1 and expected in errors
+
+
+def test_batch():
+    # 14_cli.ipynb #batch-lesson
+    def played(progress, work, model, crew, tell):
+        "Tells what a job tells, without one."
+        print(f"{work.source.address} → {work.out.address}, {work.model}, {crew.address}, {crew.engines} engines")
+        progress.done, progress.seconds, progress.total = 3, 2.0, 6
+        tell(progress, [{"status": "done"}])
+        progress.failed += 1
+        tell(progress, [{"status": "failed", "message": "in/a.png: the file is empty"}])
+        return progress
+
+
+    with mock.patch("srsys.batch.restore_archive", side_effect=partial(played, Progress(kept=2))), mock.patch("time.monotonic", side_effect=count(0, 40)):
+        status, output, errors = srsys("batch", "s3://archive/in", "s3://archive/out", "--ray", "auto", "--model", "fast", "--scale", 2, "--engines", 4)
+        print(output + errors.splitlines()[-1])
+        assert status == 1 and "6 of 6 pictures, 120 pictures/min, 0 min left, 1 failed" in output and "3 done, 2 kept, 1 failed" in output
+    with mock.patch("srsys.batch.restore_archive", side_effect=lambda *args: Progress(done=1)):
+        status, output, errors = srsys("batch", "in", "out", "--json")
+        assert status == 0 and json.loads(output)["done"] == 1
+    status, output, errors = srsys("batch", "gopher://in", "out")
+    print(status, errors.splitlines()[-1])
+    assert status == 1
 
 
 def test_serve():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 from prometheus_client import generate_latest
 
@@ -198,7 +199,10 @@ def test_jobs_say_what_the_command_line_understands(rendered):
     assert args["--master-addr"] == f"train-0.{spec['template']['spec']['subdomain']}" and named(rendered["gpu"], "Service", "train")["spec"]["clusterIP"] == "None"
     assert args["train"] in CONFIGS
     job = named(rendered["ray"], "RayJob", "archive")["spec"]
-    assert shlex.split(job["entrypoint"])[:2] == ["srsys", "batch"]
+    verb, *words = shlex.split(job["entrypoint"])[1:]
+    options = {opt for parameter in typer.main.get_command(cli.main).commands[verb].params for opt in parameter.opts}
+    assert verb == "batch" and [word for word in words if word.startswith("s3://")] == words[:2] and {word for word in words if word.startswith("-")} <= options
+    assert job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "the head lists and counts, which needs no core of Ray's"
     lock = (ROOT / "requirements.lock").read_text()
     assert f"\nray=={job['rayClusterSpec']['rayVersion']} " in lock or f"\nray[data]=={job['rayClusterSpec']['rayVersion']} " in lock, "the images' Ray"
 

@@ -1,0 +1,179 @@
+"""`srsys batch` on a Ray cluster of three nodes on this machine, of which one is killed, and then the one who hands out the work;
+from a bucket into a bucket (moto's server stands for the store: it speaks the protocol); and a picture that ends whoever works on it."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pytest
+from moto.server import ThreadedMotoServer
+from skimage import data
+from torch import nn
+from typer.testing import CliRunner
+
+from srsys.archive import Place, Work, read_manifest, source_of
+from srsys.batch import Crew, restore_archive
+from srsys.cli import main
+from srsys.folder import Settings
+from srsys.image import Picture, encode_picture, open_picture, save_picture
+from srsys.models import Model
+
+pytestmark = pytest.mark.timeout(900)
+SRSYS = Path(sys.executable).with_name("srsys")
+SMALL = ("--model", "fast", "--scale", "2", "--device", "cpu", "--precision", "float32")
+
+
+@contextmanager
+def environment(**values):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def store():
+    "An object store, whose address is in the environment as the manifest for Kubernetes has it."
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with environment(AWS_ENDPOINT_URL=f"http://{host}:{port}", AWS_DEFAULT_REGION="us-east-1", AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="word"):
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="archive")
+        yield client
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(store, tmp_path_factory):
+    "A head that does no work and three nodes that do."
+    with environment(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal", OMP_NUM_THREADS="1", SRSYS_HOME=str(tmp_path_factory.mktemp("home"))):
+        from ray.cluster_utils import Cluster
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8})
+        try:
+            for _ in range(3):
+                nodes.add_node(num_cpus=1, object_store_memory=10**8)
+            nodes.wait_for_nodes(120)
+            yield nodes
+        finally:
+            nodes.shutdown()
+
+
+def batch(source, out, *options):
+    "The command in this process: its status, and what it says."
+    done = CliRunner().invoke(main, ["batch", str(source), str(out), *SMALL, "--json", *options])
+    return done.exit_code, json.loads(done.stdout) if done.stdout else done.stderr
+
+
+def until(reached, process, within=300):
+    end = time.monotonic() + within
+    while process.poll() is None and not reached():
+        assert time.monotonic() < end, "it does not go on"
+        time.sleep(0.02)
+
+
+def manifest(address):
+    return pa.concat_tables(part for _, part in read_manifest(Place(str(address)))).to_pandas()
+
+
+def cut(folder, count, side=32):
+    "Small pictures, each another, in folders of a hundred."
+    tiles = [open_picture(path).pixels for path in sorted(Path(__file__).resolve().parents[2].joinpath("../shared/data/bench/BSD100").glob("*.png"))] or [data.astronaut()]
+    for i in range(count):
+        tile = tiles[i % len(tiles)]
+        y, x = (i * 7 % (n - side) for n in tile.shape[:2])
+        path = folder / f"{i // 100:03d}" / f"{i:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(Picture(tile[y:y + side, x:x + side]), path)
+
+
+def survive(cluster, folder, count):
+    "A node is killed at a third and the driver at two thirds; what the same command comes to afterwards."
+    cut(folder / "in", count)
+    (folder / "in" / "broken.jpg").write_text("Dear Sir or Madam,")
+    made = lambda: sum(len(files) for place, _, files in os.walk(folder / "out") if "_srsys" not in place)  # noqa: E731
+    command = [SRSYS, "batch", folder / "in", folder / "out", *SMALL, "--ray", cluster.address]
+    with open(folder / "log", "w") as log:
+        driver = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+    try:
+        until(lambda: made() > count / 3, driver)
+        cluster.remove_node(sorted(cluster.worker_nodes, key=lambda node: node.node_id)[0], allow_graceful=False)
+        until(lambda: made() > 2 * count / 3, driver)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait(60)
+    done_before = made()
+    status, report = batch(folder / "in", folder / "out", "--ray", cluster.address)
+    print(f"{done_before} made before the driver was killed, of which {report['kept']} were kept; then {report['done']} in {report['seconds']} s")
+    assert status == 1 and report["failed"] == 1 and report["done"] + report["kept"] == count, report
+    assert report["kept"] >= done_before - 3 * 16 * 2, "what was finished is not done again"
+    rows = manifest(folder / "out")
+    last = rows.drop_duplicates("source", keep="last").set_index("source")
+    assert len(last) == count + 1 and list(last[last.status == "failed"].index) == [f"{folder}/in/broken.jpg"]
+    for source, row in last[last.status == "done"].iterrows():
+        assert row.input_sha256 == hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        assert row.output_sha256 == hashlib.sha256((folder / "out" / row.target).read_bytes()).hexdigest()
+        assert row.target == str(Path(source).relative_to(folder / "in")) and row.width == 64
+    assert made() == count and not list((folder / "out").rglob("*.part"))
+    return rows
+
+
+def test_a_bucket_goes_into_a_bucket(cluster, store):
+    pictures = [encode_picture(Picture(data.astronaut()[i:i + 40, i:i + 40])) for i in range(12)]
+    for i, content in enumerate(pictures):
+        store.put_object(Bucket="archive", Key=f"in/1999/{i:02d}.png", Body=content)
+    store.put_object(Bucket="archive", Key="in/broken.png", Body=b"Dear Sir or Madam,")
+    store.put_object(Bucket="archive", Key="in/1999/00.jpg", Body=b"has the name that 00.png wants")
+    status, report = batch("s3://archive/in", "s3://archive/out", "--ray", cluster.address)
+    assert status == 1 and (report["done"], report["failed"], report["kept"]) == (11, 3, 0), report
+    assert any("both become" in why for _, why in report["failures"]) and any("s3://archive/in/broken.png: not a picture" in why for _, why in report["failures"])
+    rows = manifest("s3://archive/out").set_index("source")
+    for i, content in list(enumerate(pictures))[1:]:
+        row, result = rows.loc[f"s3://archive/in/1999/{i:02d}.png"], store.get_object(Bucket="archive", Key=f"out/1999/{i:02d}.png")["Body"].read()
+        assert row.input_sha256 == hashlib.sha256(content).hexdigest() and row.output_sha256 == hashlib.sha256(result).hexdigest()
+        assert open_picture(result).width == 80 and row.consistency_db > 30
+
+
+class Deadly(nn.Upsample):
+    "A network that ends its process when it sees black."
+
+    def forward(self, lr_nchw):
+        if not lr_nchw.any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(lr_nchw)
+
+
+def test_a_picture_that_ends_its_engine_is_set_aside(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("srsys.batch.TRIES", 2)  # of three, for time
+    import ray.cloudpickle
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the engines know no tests
+    (tmp_path / "in").mkdir()
+    for i in range(8):
+        save_picture(Picture(np.full((16, 16, 3), 0 if i == 5 else 10 + i, np.uint8)), tmp_path / "in" / f"{i}.png")
+    model = Model(Deadly(scale_factor=2), "deadly", 2, overlap=0, exact=True, multiple_of=1, architecture="nearest", sha256="1" * 64)
+    work = Work(source_of(f"{tmp_path}/in"), Place(f"{tmp_path}/out"), Settings(None, "png", 95, "float32", model.sha256))
+    progress = restore_archive(work, model, Crew(cluster.address, engines=1, device="cpu", precision="float32"))
+    assert (progress.done, progress.failed) == (7, 1) and "2 engines ended over it" in progress.failures[0][1]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"{i}.png" for i in range(8) if i != 5]
+
+
+def test_a_node_dies_and_then_the_driver(cluster, tmp_path):
+    survive(cluster, tmp_path, 240)
+
+
+@pytest.mark.slow
+def test_ten_thousand_pictures_survive_it(cluster, tmp_path):
+    "Slow: ten minutes."
+    cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    cluster.wait_for_nodes(120)
+    rows = survive(cluster, tmp_path, 10_000)
+    print(f"{len(rows)} rows in {len(list((tmp_path / 'out/_srsys/manifest').iterdir()))} files")
