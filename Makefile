@@ -56,8 +56,9 @@ train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DAT
 	@exec $(BIN)/srsys train $(or $(MODEL),$(error say which: MODEL=photo-x4, photo-x2, fast-x4 or fast-x2)) \
 	  --data $(or $(DATA),$(error say where the training pictures are: DATA=folder))
 
-bench: $(READY) ## seconds and megabytes on this machine, beside PEER=weights of another network
-	@exec $(BIN)/python -c "from srsys.bench import main; main()" bench $(if $(PEER),--peer $(PEER))
+bench: $(READY) ## seconds, megabytes and pictures a minute on this machine, beside PEER=weights of another network
+	@$(BIN)/python -c "from srsys.bench import main; main()" bench $(if $(PEER),--peer $(PEER))
+	@exec $(BIN)/python -c "from srsys.traffic import main; main()"
 
 tables: $(READY) ## every model on every benchmark, and the pages that show it: BENCHMARKS=folder [MODELS="file catalog:name"] [TRUST="sha256"] [TRACK=1]
 	$(BIN)/srsys tables --benchmarks $(or $(BENCHMARKS),$(error say where Set5, Set14 and the others lie: BENCHMARKS=folder)) \

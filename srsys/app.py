@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from starlette.exceptions import HTTPException
 from . import card, registry, restore, serve as service, signals, view, workers
 from .door import ROUTES, Terms
 from .drain import Server, run_server
-from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, read_apart, record_in, refusal
+from .engine import Ask, Engine, Job, Metrics, Refused, Result, Table, pool_for, read_apart, record_in, refusal
 from .keeper import mlflow_command, start_kept
 from .swap import Watch, load_table, look, with_nudge
 from .votes import Feedback, PageVote, keep_feedback
@@ -64,10 +65,10 @@ def read_size(size: str) -> float | tuple[int, int]:
     return (int(width), int(height)) if height else float(width)
 
 # %% ../nbs/10_app.ipynb #keep-vote
-def _finish(desk: Desk, source: Path, folder: Path, result: Result) -> float:  # how far the colours moved
+def _finish(desk: Desk, pool: workers.Pool, source: Path, folder: Path, result: Result) -> float:  # how far the colours moved
     "Make what a browser shows of a result, and keep beside it what it was made from."
     h, plan, most = result.header, result.plan, desk.engine.limits.pixels_out
-    apart = partial(read_apart, desk.engine.pool_for(plan), "the picture")
+    apart = partial(read_apart, pool, "the picture")
     apart(workers.make_preview, result.path, folder / "after.png", None, most)
     for kept, name in (("before.png", "before.png"), ("upload", "given")):
         os.link(source.with_name(kept), folder / name)
@@ -96,11 +97,12 @@ async def restore_steps(
     model: str,  # a model or a family
     size: str,  # "4", or "1920x1080"
 ) -> AsyncIterator[Step]:
-    "One press of the button, step by step; errors are a step too."
-    job = None
+    "One press of the button, step by step; errors are a step too. It is counted and logged as a request to the API is."
+    job, code, label, word, start = None, 499, "", "", time.perf_counter()
     try:
         source, name = desk.shelf.find(token, "upload"), desk.shelf.find(token, "name").read_text()
         made, folder = desk.shelf.new()
+        signals.REQUEST.set(made)
         job = desk.jobs[page] = desk.engine.submit(Ask(source, name, model, read_size(size)), folder)
         done = asyncio.wrap_future(job.future)
         while not (await asyncio.wait([done], timeout=0.15))[0]:
@@ -108,20 +110,26 @@ async def restore_steps(
             yield Step(view.progress_html(job, ahead), working=True)
         result = done.result()
         yield Step('<div class="panel bar" role="status">Preparing the view</div>', working=True)
-        shift = await asyncio.to_thread(_finish, desk, source, folder, result)
+        pool = pool_for(desk.engine, result.plan)
+        shift = await asyncio.wrap_future(pool.threads.submit(_finish, desk, pool, source, folder, result))
+        code, label = 200, result.label
         yield Step("", view.compare_html(token, made, name, result), card.facts_html(made, name, result, shift))
     except restore.Cancelled:
+        word = "cancelled"
         yield Step('<div class="panel bar" role="status">Cancelled; nothing was kept.</div>')
     except Exception as error:
-        if refusal(error).status == 500:
+        code, word = refusal(error).status, refusal(error).error
+        if code == 500:
             _log.exception("a restoration failed")
         yield Step(view.error_html(error))
     finally:
         if job:
             job.cancel()
             desk.jobs.pop(page, None)
+        desk.engine.metrics.requests.labels("/page/restore", str(code)).inc()
+        signals.log_request("POST", "/page/restore", code, time.perf_counter() - start, label, word)
 
-
+# %% ../nbs/10_app.ipynb #cancel
 def cancel(desk: Desk, page: str) -> None:
     "Stop what a page waits for, if it waits."
     if job := desk.jobs.get(page):
@@ -193,7 +201,7 @@ def build_page(desk: Desk) -> gr.Blocks:
 # %% ../nbs/10_app.ipynb #pages
 def add_routes(app: FastAPI, desk: Desk, examples: Path) -> None:
     "The page's routes for what is dropped: pictures in, examples out."
-    one_at_a_time = asyncio.Semaphore(1)
+    one_at_a_time, quick = asyncio.Semaphore(1), desk.engine.quick
 
     @app.post("/page/pictures", include_in_schema=False)
     async def take(request: Request) -> dict:
@@ -202,7 +210,7 @@ def add_routes(app: FastAPI, desk: Desk, examples: Path) -> None:
             form = await service.read_form(request)
             ask = await asyncio.to_thread(service.read_ask, form, folder)
             async with one_at_a_time:
-                await asyncio.to_thread(read_apart, desk.engine.quick, ask.name, workers.make_preview, ask.source, folder / "before.png", ask.name, desk.engine.limits.pixels_in)
+                await asyncio.wrap_future(quick.threads.submit(read_apart, quick, ask.name, workers.make_preview, ask.source, folder / "before.png", ask.name, desk.engine.limits.pixels_in))
             (folder / "name").write_text(ask.name)
             return {"token": token}
         except BaseException as error:
@@ -317,20 +325,20 @@ def serve(
 
     def load() -> Table:
         try:
-            table = load_table(store, device, precision)
+            return load_table(store, device, precision)
         except Exception as error:
             failed.append(error)
             stop.set()
             raise
+
+    def tell(table: Table) -> None:
         if not stop.is_set():
             _announce(table, claimed.getsockname(), metrics_server.server_port, mlflow_port)
-        if mlflow_port and not stop.is_set():
-            kept.append(start_kept(mlflow_command(store, host, mlflow_port), Path(home) / "mlflow.log"))
-        return table
+            kept.extend([start_kept(mlflow_command(store, host, mlflow_port), Path(home) / "mlflow.log")] if mlflow_port else [])
 
     print("srsys is starting …", flush=True)
     with tempfile.TemporaryDirectory(prefix="srsys-") as folder:
-        app = create_app(engine := Engine(load, metrics=engine_metrics), Path(home), Path(folder), terms)
+        app = create_app(engine := Engine(load, metrics=engine_metrics, on_warm=tell), Path(home), Path(folder), terms)
         with _watching(engine, lambda table: look(table, store, device, precision), poll, metrics_server):
             run_server(Server(app, engine, stop, terms), claimed)
     return _end(kept, metrics_server, failed)

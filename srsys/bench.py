@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stages', 'SIZES', 'TINY', 'DIV2K', 'CROPS', 'by_srsys', 'by_plain_torch', 'by_bicubic', 'source', 'Timing', 'compare',
-           'bench', 'bench_table', 'Goal', 'quality_goals', 'speed_goals', 'goal_table', 'main']
+           'bench', 'bench_table', 'traffic_text', 'Goal', 'quality_goals', 'speed_goals', 'goal_table', 'main']
 
 # %% ../nbs/08_bench.ipynb #imports
 import argparse
@@ -165,8 +165,20 @@ def bench_table(
         against = f"{t['speedup']}× | {t['db']} dB" if t["speedup"] else " | "
         rows.append(f"| {t['task']} | {t['contender']} | {figures} | {against} |")
     device = f"{m['cores']} cores of {m['cpu']}" + ", bfloat16"*m["bfloat16"] + (f", {m['gpu']}" if m["gpu"] else "")
-    return "\n".join([*rows, "", f"{memory['width']}×{memory['height']} at ×2 ({memory['model']}): at most {memory['megabytes']:,} MB, {memory['seconds']} s. "
-                      f"Measured on {device}; PyTorch {m['torch']}; load {m['load']} before; {m['date']}."])
+    text = [*rows, "", f"{memory['width']}×{memory['height']} at ×2 ({memory['model']}): at most {memory['megabytes']:,} MB, {memory['seconds']} s. "
+            f"Measured on {device}; PyTorch {m['torch']}; load {m['load']} before; {m['date']}."]
+    return "\n".join(text + (["", traffic_text(document["traffic"])] if "traffic" in document else []))
+
+
+def traffic_text(
+    traffic: dict,  # of `traffic.measure`
+) -> str:
+    "What a server hands out, in words"
+    pace, over, m = traffic["pace"], traffic["overload"], traffic["machine"]
+    return (f"Through HTTP, 480×270 JPEG → 1080p JPEG by fast-x4, {traffic['people']} people at once: {pace['http']} pictures a minute, {pace['ratio']:.1%} of what the engine alone does "
+            f"({pace['engine']}; the ratio is the median of {traffic['rounds']} rounds). When they come at {over['times']:g} times that pace: of {over['sent']}, {over['restored']} are restored, 95 % of them within {over['wait_p95']:.1f} s "
+            f"(the deadline is {over['deadline']:g} s), {over['late']} are told that it became too late, and {over['refused']} to come again, after {1000*over['refusal_median']:.0f} ms (95 %: {1000*over['refusal_p95']:.0f} ms). "
+            f"Load {m['load']} before; {m['date']}.")
 
 # %% ../nbs/08_bench.ipynb #goals
 DIV2K = "DIV2K_valid_HR"
@@ -214,7 +226,17 @@ def speed_goals(
             goals.append(Goal(f"{what}: under 1 s ({model})", "no figure" if seconds is None else f"{seconds:.2f} s end to end", _verdict(seconds and seconds < 1)))
     seconds = fastest("480×270 ×4", "fast-x4")
     figure = "no figure" if seconds is None else f"{60/seconds:.0f} a minute"
-    return [*goals, Goal("500 pictures a minute (480×270 → 1080p, fast-x4, one after the other)", figure, _verdict(seconds and 60/seconds >= 500))]
+    return [*goals, Goal("500 pictures a minute (480×270 → 1080p, fast-x4, one after the other)", figure, _verdict(seconds and 60/seconds >= 500)), *_traffic_goals((document or {}).get("traffic"))]
+
+
+def _traffic_goals(traffic):
+    goals = ["500 pictures a minute (480×270 → 1080p JPEG, fast-x4, 32 people through HTTP)", "95 % of the engine's own pace through HTTP",
+             "at three times that pace, 95 % of those taken have their picture within the deadline", "a full queue says so within 50 ms"]
+    if not traffic: return [Goal(goal, "no figure", _verdict(None)) for goal in goals]
+    pace, over = traffic["pace"], traffic["overload"]
+    figures = [(f"{pace['http']} a minute", pace["http"] >= 500), (f"{pace['ratio']:.1%}", pace["ratio"] >= .95), (f"{over['wait_p95']:.1f} of {over['deadline']:g} s", over["wait_p95"] <= over["deadline"]),
+               (f"{1000*over['refusal_median']:.0f} ms, 95 % in {1000*over['refusal_p95']:.0f} ms", over["refusal_p95"] < .05)]
+    return [Goal(goal, figure, _verdict(met)) for goal, (figure, met) in zip(goals, figures, strict=True)]
 
 
 def goal_table(
@@ -235,11 +257,11 @@ def main(
     parser.add_argument("--quick", action="store_true", help="tiny pictures, once: to see that it works")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.verb == "bench":
-        document = bench(options.peer, TINY, 1) if options.quick else bench(options.peer)
-        _write(options.out/"bench.json", document)
-        return print(bench_table(document))
     kept = options.out/"bench.json"
+    if options.verb == "bench":
+        measured, before = bench(options.peer, TINY, 1) if options.quick else bench(options.peer), json.loads(kept.read_text()) if kept.exists() else {}
+        _write(kept, document := {**before, **measured})
+        return print(bench_table(document))
     goals = [*quality_goals(_still_true(options.out/"scores.json")), *speed_goals(json.loads(kept.read_text()) if kept.exists() else None)]
     _write(options.out/"kpi.json", [asdict(g) for g in goals])
     print(goal_table(goals))

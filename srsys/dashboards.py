@@ -121,7 +121,7 @@ SERVICE = {
         Panel("Waiting room, the fullest", "percentunit", {"": f"max(srsys_queue_depth{HERE} / srsys_queue_capacity{HERE})"}, "stat", "Above 80 % for five minutes somebody is called.", 5, limit=0.8),
         Panel("Pictures a minute", "short", {"": f"60 * sum(rate(srsys_images_processed_total{HERE}{_EACH}))"}, "stat", "The page's and the API's.", 5)],
     "Who comes": [
-        Panel("Requests of the API, by status", "reqps", _per_second("srsys_http_requests_total", "code", '{instance=~"$instance", route=~"/v1/.+"}'), stacked=True),
+        Panel("Requests of the API, by status", "reqps", _per_second("srsys_http_requests_total", "code", '{instance=~"$instance", route=~"/(v1|page)/.+"}'), stacked=True),
         Panel("Turned away for want of room or time", "reqps", _per_second("srsys_shed_requests_total", "reason"), about="full is 429; deadline, starting and closing are 503.", stacked=True),
         Panel("Pictures refused for what they are", "reqps", _per_second("srsys_rejected_images_total", "reason"), about="413, 415 and 422: the sender's fault. A sudden rise is often a new client.", stacked=True)],
     "How long they wait": [

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import sparse
 
 # %% ../nbs/02_degrade.ipynb #contributions
 def _cubic(x):
@@ -43,8 +44,11 @@ def contributions(
 # %% ../nbs/02_degrade.ipynb #row-resizer
 def _resize_axis0(x, weights, index):
     "Weighted sum along the first axis, rounded back to x's own integer type (half away from zero, as MATLAB does)"
-    total = sum(w.reshape(-1, *[1]*(x.ndim - 1)) * x[i] for w, i in zip(weights.T, index.T, strict=True))
-    return np.clip(np.floor(total + .5), 0, np.iinfo(x.dtype).max).astype(x.dtype)
+    n, taps = index.shape
+    matrix = sparse.csr_array((weights.ravel(), index.ravel(), np.arange(0, n*taps + 1, taps)), (n, len(x)))
+    total = (matrix @ x.reshape(len(x), -1).astype(np.float64)).reshape(n, *x.shape[1:])
+    total += .5
+    return np.clip(np.floor(total, out=total), 0, np.iinfo(x.dtype).max, out=total).astype(x.dtype)
 
 
 class RowResizer:

@@ -164,9 +164,10 @@ def _levels(net, windows_nhwc, core, model, precision):
     top, bottom, left, right = (n*model.scale for n in core)
     limit = np.iinfo(windows_nhwc.dtype).max
     hr_nhwc = through(net, windows_nhwc, model.scale, precision, min(model.overlap, 2))[:, top:bottom, left:right]
-    black = windows_nhwc[..., 0].any((1, 2)) & (hr_nhwc[..., 0].amax((1, 2)).cpu().numpy()*limit < .5)
-    if (precision != "float32" and black.any()) or not hr_nhwc.sum().isfinite(): return None
-    return (hr_nhwc.clamp(0, 1)*limit + .5).to(torch.uint8 if limit == 255 else torch.uint16).cpu().numpy()
+    if not hr_nhwc.sum().isfinite(): return None
+    levels = hr_nhwc.clamp(0, 1).mul_(limit).add_(.5).to(torch.uint8 if limit == 255 else torch.uint16).cpu().numpy()
+    black = windows_nhwc[..., 0].any((1, 2)) & ~levels[..., 0].any((1, 2))
+    return None if precision != "float32" and black.any() else levels
 
 # %% ../nbs/05_restore.ipynb #tile
 def restore_tile(

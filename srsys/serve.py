@@ -117,16 +117,23 @@ def result_answer(result: Result, name: str, tag: str = "") -> StreamingResponse
     kind = {".jpg": "jpeg"}.get(result.path.suffix, result.path.suffix[1:])
     return StreamingResponse(pieces(), 200, headers, f"image/{kind}")
 
+# %% ../nbs/09_serve.ipynb #wait-for
+async def _leaves(request: Request) -> None:
+    "Over when the client of a request that has been read goes away."
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
 
 async def wait_for(job: Job, request: Request) -> Result:
     "The result of a job, as long as somebody waits for it; a client that goes away cancels it."
-    done = asyncio.wrap_future(job.future)
+    done, gone = asyncio.wrap_future(job.future), asyncio.create_task(_leaves(request))
     try:
-        while not (await asyncio.wait([done], timeout=0.25))[0]:
-            if await request.is_disconnected():
-                job.cancel()
-        return done.result()
+        await asyncio.wait([done, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            job.cancel()
+        return await done
     finally:
+        gone.cancel()
         job.cancel()  # it is done, or nobody waits any more
 
 # %% ../nbs/09_serve.ipynb #contract

@@ -170,14 +170,14 @@ _log = logging.getLogger("srsys.requests")
 
 def log_request(
     method: str,
-    route: str,  # /v1/restore, or page
+    route: str,  # /v1/restore, /page/restore for a picture that the page had restored, page for all else of the page's
     code: int,
     seconds: float,
     model: str = "",  # srsys-photo-x4/1
     error: str = "",  # the word for what was wrong
 ) -> None:
     "Write the one line about a request that has been answered."
-    shown = code >= 400 or route.startswith("/v1/")
+    shown = code >= 400 or route.startswith(("/v1/", "/page/"))
     level = logging.WARNING if code >= 500 else logging.INFO if shown else logging.DEBUG
     facts = {"method": method, "route": route, "code": code, "seconds": round(seconds, 4), "model": model, "error": error}
     _log.log(level, "%s %s %d in %.3f s%s", method, route, code, seconds, f", {model or error}" if model or error else "",

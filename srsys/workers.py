@@ -179,6 +179,8 @@ class Worker:
         "What the task returns or raises. Raises WorkerDied."
         try:
             self.connection.send((task, args, seconds))
+            if not self.connection.poll(seconds + 30):  # its own watchdog should have ended it
+                raise EOFError
             good, answer = self.connection.recv()
         except (EOFError, OSError) as error:
             self.end()

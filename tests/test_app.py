@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 from srsys import registry, view, workers
 from srsys.engine import Engine
@@ -14,7 +15,6 @@ from srsys.swap import load_table
 
 # 10_app.ipynb #lesson-imports
 import io
-import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -104,6 +104,8 @@ def test_behind_the_page():
     last = steps(desk, token)[-1]
     made = re.search(r"page/(\w+)/result.png", last.facts)[1]
     assert "1280×96 → 2560×192" in last.facts and not desk.jobs
+    counted = desk.engine.metrics.registry.get_sample_value
+    assert counted("srsys_http_requests_total", {"route": "/page/restore", "code": "200"}) == 1
     assert {f.name for f in desk.shelf.find(made).iterdir()} == {"result.png", "before.png", "after.png", "before-detail.png", "after-detail.png", "given", "label"}
     assert "8 tiles" not in last.facts and "page/" + made + "/after-detail.png" in last.view
 
@@ -232,8 +234,7 @@ def test_all_of_it_with_one_command():
         thread.start()
         until(lambda: "Ctrl-C" in said.getvalue())
         page, metrics, _ = re.findall(r"http://\S+", said.getvalue())
-        until(lambda: httpx.get(page + "/readyz").status_code == 200)
-        assert httpx.get(page).status_code == 200
+        assert httpx.get(page + "/readyz").status_code == httpx.get(page).status_code == 200, "what is announced is ready"
         assert "srsys_queue_capacity 32.0" in httpx.get(metrics).text
         assert httpx.post(metrics.replace("metrics", "nudge")).status_code == 202
         stop.set()

@@ -56,7 +56,7 @@ def test_the_bench():
 
 
 def test_goals():
-    from srsys.bench import CROPS, DIV2K, goal_table, quality_goals, speed_goals
+    from srsys.bench import CROPS, DIV2K, goal_table, quality_goals, speed_goals, traffic_text
     # 08_bench.ipynb #lesson-goals
     assert {g.verdict for g in [*quality_goals([]), *speed_goals(None)]} == {"not measurable here"}
     bicubic = Scores(psnr_y=26.68, ssim_y=.7043, psnr_rgb=25.24, ssim_rgb=.69)
@@ -67,7 +67,11 @@ def test_goals():
     assert [g.verdict for g in quality_goals([whole_set])] == ["met", "missed"]
     timing = {"task": "480×270 ×4", "contender": "fast-x4, srsys", "total": .1}
     assert [g.verdict for g in speed_goals({"timings": [timing]})].count("met") == 2
-    assert speed_goals({"timings": [{**timing, "total": .5}]})[-1].verdict == "missed"
+    assert next(g for g in speed_goals({"timings": [{**timing, "total": .5}]}) if "500" in g.goal).verdict == "missed"
+    traffic = {"pace": {"engine": 310, "http": 301, "ratio": .97}, "overload": {"times": 3., "sent": 120, "restored": 40, "refused": 80, "late": 0, "wait_p95": 7.5, "deadline": 120., "refusal_median": .004, "refusal_p95": .06},
+               "machine": {**machine(), "load": 0., "date": "some day"}, "people": 32, "rounds": 5}
+    assert [g.verdict for g in speed_goals({"traffic": traffic})[-4:]] == ["missed", "met", "met", "missed"]
+    print(traffic_text(traffic))
     display(Markdown(goal_table(on_crops)))
 
 

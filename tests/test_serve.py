@@ -211,8 +211,8 @@ def test_the_service():
     # 09_serve.ipynb #lesson-leaves
     class Gone:
         "A request whose client has left."
-        async def is_disconnected(self):
-            return True
+        async def receive(self):
+            return {"type": "http.disconnect"}
 
 
     engine = Engine(lambda: table)

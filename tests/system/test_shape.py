@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     8: "cli",
     7.5: "batch",
-    7: "app archive",
+    7: "app archive traffic",
     6: "serve timetable renewal folder makers release drain",
     5: "bench tables door train view card console trial jobs intake",
     4.5: "engine",
