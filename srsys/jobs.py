@@ -27,6 +27,7 @@ import httpx
 import psutil
 from IPython.display import display, update_display
 
+from .fetch import replacing
 from .signals import leave_signals
 
 # %% ../nbs/11_jobs.ipynb #parameters
@@ -209,21 +210,32 @@ def _traceback(path: Path) -> str:
     outputs = [out for cell in _nbformat().read(path, 4).cells for out in cell.get("outputs", ()) if out.output_type == "error"]
     return next((f"{out.ename}: {out.evalue}".splitlines()[0] for out in outputs if out.ename != "SystemExit" or out.evalue not in ("", "0")), "")
 
+# %% ../nbs/11_jobs.ipynb #settle
+def _rename(running: Path, status: str) -> Path:
+    "Give a notebook the name of how it ended. An earlier one of that name gets the time when it ended, and so does its page."
+    path = running.with_name(running.name.replace(".running.", f".{status}."))
+    if path.exists():
+        ended = f"{datetime.fromtimestamp(path.stat().st_mtime, UTC):%H%M%S}"
+        for old in (page for page in (path.with_suffix(".html"), path) if page.exists()):
+            os.replace(old, old.with_suffix(f".{ended}{old.suffix}"))
+    os.replace(running, path)
+    return path
+
 
 def _settle(running: Path, status: str, note: str = "") -> Path:
-    "Give an executed notebook the name of how it ended, a note at its top, and a page beside it."
-    path = running.with_name(running.name.replace(".running.", f".{status}."))
+    "Name an executed notebook after how it ended, with a note at its top and a page beside it."
     if note:
         nbformat = _nbformat()
         nb = nbformat.read(running, 4)
         nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"**{status.capitalize()}**: {note}"))
         nbformat.write(nb, running)
-    os.replace(running, path)
+    path = _rename(running, status)
     from nbconvert import HTMLExporter
     from traitlets.config import Config
     hosts = dict.fromkeys(("require_js_url", "jquery_url", "mathjax_url", "jupyter_widgets_base_url"), "")
     page, _ = HTMLExporter(config=Config({"HTMLExporter": hosts})).from_filename(str(path))
-    path.with_suffix(".html").write_text(page)
+    with replacing(path.with_suffix(".html")) as half:
+        half.write_text(page)
     return path
 
 # %% ../nbs/11_jobs.ipynb #tell
@@ -301,7 +313,7 @@ def run(
         environment["MLFLOW_TRACKING_URI"] = store.uri
     with alone(home / "runs" / f"{name}.lock", patience) as lock, _recorded(store, name, values) as keep:
         for left in home.glob(f"runs/*/{name}.running.ipynb"):
-            os.replace(left, left.with_name(f"{name}.killed.ipynb"))
+            _rename(left, "killed")
         running.parent.mkdir(exist_ok=True)
         job = {"notebook": str(notebook.resolve()), "out": str(running), "parameters": values, "cwd": str(home), "cell_limit": cell_limit or limit}
         return _finish(running, home, webhook, keep, name, begun, _execute(job, environment, limit, lock))

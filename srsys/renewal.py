@@ -203,7 +203,7 @@ def look(
     "What is known of a champion in service"
     now, home = now or time.time(), Path(home)
     since, gains = _promoted(home, champion)
-    trainings = tuple(p.stat().st_mtime for p in home.glob("runs/*/train.done.ipynb") if conclusion(p)[1].get("version"))
+    trainings = tuple(p.stat().st_mtime for p in home.glob("runs/*/train.done*.ipynb") if conclusion(p)[1].get("version"))
     arrived = [p.stat().st_mtime for batch in intake.batches(home, "train").values() for p in batch]
     down, votes = monitor.votes(home/"feedback.db", since)
     with closing(monitor.Log(home/"monitor.db")) as log:

@@ -99,6 +99,10 @@ def test_one_run():
         assert 'srsys_drift_statistic{feature="noise"} 0.2' in (home / "metrics/count.prom").read_text()
         page = Path(result.file).with_suffix(".html").read_text()
         assert "12 steps" in page and 'src="http' not in page
+        again = run(Path(folder, "count.ipynb"), home)
+        kept = sorted(re.sub(r"\d{6}", "HHMMSS", p.name) for p in Path(again.file).parent.iterdir())
+        print(*kept)
+        assert again.file == result.file and "3 steps" in Path(again.file).read_text() and len(kept) == 4
 
 
 def test_and_when_it_goes_wrong():
