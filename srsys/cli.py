@@ -126,16 +126,18 @@ def batch(
     from srsys.archive import Place, Work, source_of
     from srsys.batch import Crew, restore_archive
     from srsys.folder import Settings as Wanted
+    from srsys.report import write_report
     resolved, precision = resolve_model(settings, model, scale, trust), precision or settings.precision
     work = Work(source_of(source), Place(out), Wanted(scale, format, quality, precision, resolved.model.sha256), model=resolved.label, max_pixels=settings.max_pixels)
     board = _Board(console)
     with board.bar:
         progress = restore_archive(work, resolved.model, Crew(ray, engines, cores, device or settings.device, precision, tile), board)
-    counts = {"done": progress.done, "kept": progress.kept, "failed": progress.failed}
+    report = write_report(work, progress)
     if as_json:
-        typer.echo(json.dumps({**counts, "model": resolved.label, "out": out, "seconds": round(progress.seconds, 1), "engines": progress.engines, "failures": progress.failures}))
+        typer.echo(json.dumps(report))
     else:
-        console.print(f"{', '.join(f'{n} {status}' for status, n in counts.items())} in {progress.seconds:.1f} s → {plain(out)}")
+        counts = ", ".join(f"{report[status]} {status}" for status in ("done", "kept", "failed"))
+        console.print(f"{counts} in {progress.seconds:.1f} s → {plain(out)}")
     raise typer.Exit(1 if progress.failed else 0)
 
 # %% ../nbs/14_cli.ipynb #serve

@@ -103,11 +103,12 @@ def test_batch():
         return progress
 
 
-    with mock.patch("srsys.batch.restore_archive", side_effect=partial(played, Progress(kept=2))), mock.patch("time.monotonic", side_effect=count(0, 40)):
+    with (mock.patch("srsys.batch.restore_archive", side_effect=partial(played, Progress(kept=2))), mock.patch("srsys.archive.Place.put"),
+            mock.patch("time.monotonic", side_effect=count(0, 40))):
         status, output, errors = srsys("batch", "s3://archive/in", "s3://archive/out", "--ray", "auto", "--model", "fast", "--scale", 2, "--engines", 4)
         print(output + errors.splitlines()[-1])
         assert status == 1 and "6 of 6 pictures, 120 pictures/min, 0 min left, 1 failed" in output and "3 done, 2 kept, 1 failed" in output
-    with mock.patch("srsys.batch.restore_archive", side_effect=lambda *args: Progress(done=1)):
+    with mock.patch("srsys.batch.restore_archive", side_effect=lambda *args: Progress(done=1)), mock.patch("srsys.archive.Place.put"):
         status, output, errors = srsys("batch", "in", "out", "--json")
         assert status == 0 and json.loads(output)["done"] == 1
     status, output, errors = srsys("batch", "gopher://in", "out")

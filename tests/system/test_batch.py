@@ -123,6 +123,8 @@ def survive(cluster, folder, count):
         assert row.input_sha256 == hashlib.sha256(Path(source).read_bytes()).hexdigest()
         assert row.output_sha256 == hashlib.sha256((folder / "out" / row.target).read_bytes()).hexdigest()
         assert row.target == str(Path(source).relative_to(folder / "in")) and row.width == 64
+    assert (folder / "out/_srsys/contact.jpg").exists() and json.loads((folder / "out/_srsys/report.json").read_text())["kept"] == report["kept"]
+    assert not last.duplicated("target").any(), "every picture is there once"
     assert made() == count and not list((folder / "out").rglob("*.part"))
     return rows
 

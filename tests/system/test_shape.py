@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     8: "cli",
-    7.5: "batch",
+    7.5: "batch report",
     7: "app archive traffic",
     6: "serve timetable renewal folder makers release drain",
     5: "bench tables door train view card console trial jobs intake",
