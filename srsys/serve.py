@@ -107,7 +107,7 @@ def result_answer(result: Result, name: str, tag: str = "") -> StreamingResponse
     stages = ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in result.seconds.items())
     headers = {"content-length": str(length), "content-disposition": f'inline; filename="{stem}-x{result.plan.scale:.3g}{result.path.suffix}"',
                "x-model-version": result.label, "x-consistency-db": f"{result.consistency_db:.2f}", "server-timing": stages,
-               "cache-control": "private, no-cache", "vary": "accept"} | ({"etag": tag} if tag else {})
+               "cache-control": "private, no-cache", "vary": "accept"} | ({"etag": tag} if tag else {}) | ({"x-trust-warning": result.warning} if result.warning else {})
 
     def pieces():
         with file:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from srsys import registry, view, workers
+from srsys import registry, serve as service, view, workers
 from srsys.engine import Engine
 from srsys.swap import load_table
 
@@ -24,7 +24,7 @@ import torch
 from fastapi.testclient import TestClient
 from skimage import data
 
-from srsys import image, models
+from srsys import image, models, trust
 from srsys.engine import Limits, flow
 
 # 10_app.ipynb #lesson-objects
@@ -108,6 +108,22 @@ def test_behind_the_page():
     assert counted("srsys_http_requests_total", {"route": "/page/restore", "code": "200"}) == 1
     assert {f.name for f in desk.shelf.find(made).iterdir()} == {"result.png", "before.png", "after.png", "before-detail.png", "after-detail.png", "given", "label"}
     assert "8 tiles" not in last.facts and "page/" + made + "/after-detail.png" in last.view
+
+    # 10_app.ipynb #lesson-desk-warns
+    net = models.Compact(2, features=4, convs=1)
+    net.body[-1].weight.data.zero_()
+    net.body[-1].bias.data.fill_(0.2)
+    tampered, usual = Path(lesson_home.name) / "tampered.safetensors", trust.thresholds_of(models.load(models.shipped()["photo-x2"]))
+    models.save(net, models.Card(name="photo-x2", architecture="compact", scale=2, trust=usual.to_dict()), tampered)
+    with mock.patch.object(models, "shipped", lambda: {"photo-x2": tampered}):
+        table = load_table(None, device="cpu")
+    doubtful = Desk(Engine(lambda: table), view.Shelf(fresh_folder()), {})
+    with TestClient(service.create_app(doubtful.engine, fresh_folder() / "feedback.db")) as client:
+        until(lambda: client.get("/readyz").status_code == 200)
+        facts = steps(doubtful, on_shelf(doubtful, picture_file()))[-1].facts
+        answer = client.post("/v1/restore", files={"file": ("cat.png", picture_file().read_bytes())}, data={"model": "photo-x2"})
+    assert 'class="warn"' in facts and answer.status_code == 200 and "depart" in answer.headers["x-trust-warning"]
+    print(answer.headers["x-trust-warning"])
 
     # 10_app.ipynb #lesson-desk-fails
     broken = picture_file(name="half.png")
