@@ -3,6 +3,7 @@ from a bucket into a bucket (moto's server stands for the store: it speaks the p
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,17 +15,20 @@ import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from moto.backends import get_backend
 from moto.server import ThreadedMotoServer
 from skimage import data
 from torch import nn
 from typer.testing import CliRunner
 
-from srsys.archive import Place, Work, read_manifest, source_of
+from srsys.archive import Place, Work, listing, read_manifest, source_of
 from srsys.batch import Crew, restore_archive
 from srsys.cli import main
-from srsys.folder import Settings
+from srsys.folder import Settings, plan_jobs, restore_one
 from srsys.image import Picture, encode_picture, open_picture, save_picture
-from srsys.models import Model
+from srsys.models import Model, load, shipped
+from srsys.restore import Restorer
 
 pytestmark = pytest.mark.timeout(900)
 SRSYS = Path(sys.executable).with_name("srsys")
@@ -179,3 +183,53 @@ def test_ten_thousand_pictures_survive_it(cluster, tmp_path):
     cluster.wait_for_nodes(120)
     rows = survive(cluster, tmp_path, 10_000)
     print(f"{len(rows)} rows in {len(list((tmp_path / 'out/_srsys/manifest').iterdir()))} files")
+
+
+@pytest.mark.slow
+def test_what_ray_costs(tmp_path):
+    "Slow: pictures a second of two engines with a core each, between the first answer and the last, beside one process with two threads."
+    cut(tmp_path / "in", 600, side=128)
+    resolved = load(shipped()["fast-x2"])
+    settings, here = Settings(None, "png", 95, "float32", resolved.sha256), []
+    torch.set_num_threads(2)
+    restorer, jobs = Restorer(resolved, "cpu", "float32"), plan_jobs([tmp_path / "in"], tmp_path / "alone")
+    start = time.monotonic()
+    for job in jobs:
+        restore_one(job, job.target.name, restorer, settings, measured=True)
+    alone = len(jobs) / (time.monotonic() - start)
+    torch.set_num_threads(1)
+    with environment(OMP_NUM_THREADS="1"):
+        begun = time.monotonic()
+        restore_archive(Work(source_of(f"{tmp_path}/in"), Place(f"{tmp_path}/out"), settings), resolved, Crew(engines=2, device="cpu", precision="float32"),
+                        lambda progress, rows: here.append((time.monotonic(), progress.done)))
+    (first, before), (last, after) = here[8], here[-1]
+    rate = (after - before) / (last - first)
+    print(f"alone {alone:.1f}, with Ray {rate:.1f} pictures/s: {rate / alone:.0%}; the first answer after {here[0][0] - begun:.1f} s")
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_bucket_of_a_hundred_thousand(store, tmp_path):
+    "Slow: the time to the first restored picture, and the most memory that listing takes."
+    content = encode_picture(Picture(data.astronaut()[:32, :32]))
+    backend = get_backend("s3")["123456789012"]["aws"]
+    for i in range(100_000):
+        backend.put_object("archive", f"many/{i // 1000:03d}/{i:06d}.png", content)
+    model, heard, start = load(shipped()["fast-x2"]), [], time.monotonic()
+
+    def tell(progress, rows):
+        heard.append(time.monotonic() - start)
+        if progress.done >= 200 and progress.total:
+            raise Enough
+
+    with pytest.raises(Enough):
+        restore_archive(Work(source_of("s3://archive/many"), Place("s3://archive/restored"), Settings(None, "png", 95, "float32", model.sha256)), model,
+                        Crew(engines=1, device="cpu", precision="float32"), tell)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = sum(1 for _ in listing(source_of("s3://archive/many")))
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"first picture after {heard[0]:.1f} s, all counted after {heard[-1]:.1f} s; the largest process of Ray had {children:.0f} MB, listing {names} names took {more:.0f} MB more")
