@@ -308,7 +308,9 @@ def run(
     "Run a notebook. Raises ParameterError, JobError if it is running, JobFailed."
     notebook, home, name = Path(notebook), Path(home).resolve(), Path(notebook).stem
     values, begun = chosen(notebook, (given or {}).items()), datetime.now(UTC)
-    running, environment = home / "runs" / f"{begun:%Y-%m-%d}" / f"{name}.running.ipynb", {"SRSYS_HOME": str(home), "PYTHONWARNINGS": "ignore"}
+    running = home / "runs" / f"{begun:%Y-%m-%d}" / f"{name}.running.ipynb"
+    environment = {"SRSYS_HOME": str(home), "PYTHONWARNINGS": "ignore", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+                   "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # or its pictures are lost where somebody has set another
     if store and store.uri:
         environment["MLFLOW_TRACKING_URI"] = store.uri
     with alone(home / "runs" / f"{name}.lock", patience) as lock, _recorded(store, name, values) as keep:

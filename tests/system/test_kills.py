@@ -185,8 +185,9 @@ OPTIONS = {"etl": {"side": 96, "holdout": 3}, "train": {"steps": 20, "batch": 4,
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_cell_of_every_scheduled_notebook(driver):
+def test_every_cell_of_every_scheduled_notebook(driver, monkeypatch):
     "Each killed at each cell, then run through from what that left, which comes to the same as a run that nobody killed; a quarter of an hour on an idle machine."
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     import test_story
     process, folder = driver
     home, kills = folder / "life", 0

@@ -132,6 +132,7 @@ def test_the_life_of_a_model(mlflow, home, serve, tmp_path, monkeypatch):
     assert served() == first.label
     done = {notebook: run(notebook).facts for notebook in STEPS}
     assert done["etl"]["quarantined"] >= 2 and done["etl"]["accepted"] >= 8, done
+    assert all('"image/png"' in next(home.glob(f"runs/*/{n}.done.ipynb")).read_text() for n in STEPS), "whatever MPLBACKEND says here"
     assert done["train"]["after"] > done["train"]["before"] + .1
     assert done["evaluate"]["accepted"] and done["promote"] == {"accepted": True, "version": done["train"]["version"], "status": "passed"}, done
     second = next(v for v in list_versions(store, "srsys-fast-x4") if "champion" in v.aliases)
