@@ -169,6 +169,7 @@ _NOT_LET_IN = (401, 403, 408, 413)
 _HEADERS = {name: {"description": what, "required": True, "schema": {"type": "string", "examples": [example]}} for name, what, example in [
     ("X-Model-Version", "What made the picture", "srsys-photo-x4/1"), ("X-Request-Id", "To vote on it with", "7f3c2f0e9d5b4c1aa2f6c0d1e2b3a4f5"),
     ("X-Consistency-Db", "The result made small again, against the picture", "31.52"), ("Server-Timing", "Where the time went", "decode;dur=1.2, infer;dur=310.0")]}
+_HEADERS["X-Trust-Warning"] = {"description": "Why this result should be looked at: there only where it departs from the picture", "schema": {"type": "string"}}
 _PICTURES = ("png", "jpeg", "webp", "tiff", "avif", "bmp", "gif")
 _FORM = Fields.model_json_schema()
 _FORM = {**_FORM, "title": "RestoreForm", "required": ["file"], "properties": {
