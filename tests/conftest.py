@@ -1,6 +1,7 @@
 """What every test shares: plots that need no screen, a home of their own, and a plain word about what is missing."""
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -27,6 +28,14 @@ def home(tmp_path, monkeypatch):
     "A state folder for each test, so that none writes beside the project."
     monkeypatch.setenv("SRSYS_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def figures():
+    "A lesson shows its plots, and nobody closes what nobody saw."
+    yield
+    if plots := sys.modules.get("matplotlib.pyplot"):
+        plots.close("all")
 
 
 @pytest.fixture(scope="session")
