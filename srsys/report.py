@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from .archive import Place, Work
 from .degrade import imresize
@@ -30,19 +31,30 @@ def _fitted(place: Place, name: str, side: int, folder: str) -> np.ndarray:  # (
     return square
 
 
+def _captioned(pair: np.ndarray, row: dict) -> np.ndarray:
+    "With the name of the result, its end if it is long, and its consistency underneath."
+    height, width, _ = pair.shape
+    sheet = Image.new("RGB", (width, height + 16), "white")
+    sheet.paste(Image.fromarray(pair), (0, 0))
+    most = width // 7 - 10  # letters
+    name = row["target"] if len(row["target"]) <= most else f"…{row['target'][1 - most:]}"
+    ImageDraw.Draw(sheet).text((2, height + 2), f"{name}  {row['consistency_db']:.1f} dB", fill="black", font=ImageFont.load_default(11))
+    return np.asarray(sheet)
+
+# %% ../nbs/11_report.ipynb #contact-sheet
 def contact_sheet(
     work: Work,
     rows: list[dict],  # of the manifest
     side: int = 160,  # pixels of each picture
     across: int = 4,  # pairs
 ) -> Picture | None:  # nothing, if there is nothing to show
-    "Pictures and their results, side by side."
+    "Pictures and their results, side by side, with their names."
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
             try:
                 name = row["source"].removeprefix(work.source.name(""))
-                pairs.append(np.concatenate([_fitted(work.source, name, side, folder), _fitted(work.out, row["target"], side, folder)], 1))
+                pairs.append(_captioned(np.concatenate([_fitted(work.source, name, side, folder), _fitted(work.out, row["target"], side, folder)], 1), row))
             except (ImageError, OSError):
                 continue
     if not pairs:

@@ -2,6 +2,7 @@
 import json
 import numpy as np
 import tempfile
+from PIL import Image
 from pathlib import Path
 from srsys.archive import Place, Work
 from srsys.image import Picture, open_picture
@@ -9,7 +10,6 @@ from srsys.image import Picture, open_picture
 # 11_report.ipynb #lesson-imports
 from types import SimpleNamespace
 
-from PIL import Image
 from skimage import data
 
 from srsys.folder import Settings
@@ -25,9 +25,9 @@ def test_the_contact_sheet():
             for name, pixels in (("astronaut", data.astronaut()[:96, 160:320]), ("camera", data.camera()[60:200, 150:250, None])):
                 save_picture(Picture(np.repeat(np.repeat(pixels, scale, 0), scale, 1)), Path(folder, place, f"{name}.png"))
         work = Work(Place(f"{folder}/in"), Place(f"{folder}/out"), Settings(None, "png", 95, "float32", "1" * 64), "run1", "fast-x2/shipped")
-        rows = [{"source": f"{folder}/in/{name}.png", "target": f"{name}.png"} for name in ("astronaut", "camera", "gone")]
+        rows = [{"source": f"{folder}/in/{name}.png", "target": f"{name}.png", "consistency_db": 41.5} for name in ("astronaut", "camera", "gone")]
         sheet = contact_sheet(work, rows, side=120)
-        assert sheet.pixels.shape == (128, 2 * 248, 3)
+        assert sheet.pixels.shape == (144, 2 * 248, 3)
         assert contact_sheet(work, rows[2:]) is None
     Image.fromarray(sheet.pixels)
 

@@ -211,7 +211,7 @@ def test_every_cell_of_every_scheduled_notebook(driver, monkeypatch):
             sound(there, said, name)
             came_to = {n: [(v.version, v.aliases, v.status) for v in list_versions(Store(h), first.name)] for n, h in (("plain", home), ("killed", there))}
             assert came_to["plain"] == came_to["killed"], (name, cell, came_to)
-            pictures = [sorted(p.name for p in (h / "data/accepted").rglob("*.*")) for h in (home, there)]
+            pictures = [sorted(p.name for p in (h / "data/accepted").rglob("*.png")) for h in (home, there)]
             assert pictures[0] == pictures[1], (name, cell)
             assert not left_of(there)
             shutil.rmtree(there)
