@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 SRSYS = Path(sys.executable).with_name("srsys")
@@ -66,3 +67,18 @@ def _serve():
 
 serve = pytest.fixture(_serve)
 serve_long = pytest.fixture(_serve, scope="module")  # for a whole file
+
+
+@pytest.fixture
+def processes_of():
+    "The processes that work for a home, whoever started them."
+    def find(home):
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SRSYS_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+    return find

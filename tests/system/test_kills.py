@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
 
 from srsys import models
@@ -114,18 +113,6 @@ def killed_at(path, number, folder):
     return folder / path.name
 
 
-def left_of(home):
-    "The processes that still work for a home."
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SRSYS_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 COUNT = "from srsys.jobs import conclude, headline", "headline()", "conclude(f'**Done**: {steps} steps.', steps=steps, drift={'noise': .2})"
 
 
@@ -164,7 +151,7 @@ def test_a_runner_killed_before_every_step(driver):
 
 
 @pytest.mark.timeout(600)
-def test_a_notebook_killed_at_every_cell(driver):
+def test_a_notebook_killed_at_every_cell(driver, processes_of):
     "By a real kernel each time, of which nothing is left; the next run has the lock, and keeps what the killed one got to."
     process, folder = driver
     notebook, home = tiny(folder / "notebooks", *COUNT), folder / "cells"
@@ -176,7 +163,7 @@ def test_a_notebook_killed_at_every_cell(driver):
     ended, said = process.run(home, notebook)
     assert ended == 0 and said["facts"]["steps"] == 3 and list(home.glob("runs/*/count.killed.ipynb")), said
     sound(home, said)
-    assert not left_of(home)
+    assert not processes_of(home)
 
 
 OPTIONS = {"etl": {"side": 96, "holdout": 3}, "train": {"steps": 20, "batch": 4, "patch": 24, "learning_rate": 3e-4, "validate_every": 10},
@@ -185,7 +172,7 @@ OPTIONS = {"etl": {"side": 96, "holdout": 3}, "train": {"steps": 20, "batch": 4,
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_cell_of_every_scheduled_notebook(driver, monkeypatch):
+def test_every_cell_of_every_scheduled_notebook(driver, processes_of, monkeypatch):
     "Each killed at each cell, then run through from what that left, which comes to the same as a run that nobody killed; a quarter of an hour on an idle machine."
     monkeypatch.syspath_prepend(Path(__file__).parent)
     import test_story
@@ -213,7 +200,7 @@ def test_every_cell_of_every_scheduled_notebook(driver, monkeypatch):
             assert came_to["plain"] == came_to["killed"], (name, cell, came_to)
             pictures = [sorted(p.name for p in (h / "data/accepted").rglob("*.png")) for h in (home, there)]
             assert pictures[0] == pictures[1], (name, cell)
-            assert not left_of(there)
+            assert not processes_of(there)
             shutil.rmtree(there)
             kills += 1
         print(f"{name}: killed at each of {cells} cells")

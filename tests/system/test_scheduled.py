@@ -8,7 +8,6 @@ import time
 import tomllib
 from pathlib import Path
 
-import psutil
 import pytest
 
 from srsys.jobs import parameters
@@ -47,18 +46,6 @@ def begin(home, notebook, *options):
                             env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1"})
 
 
-def of_home(home):
-    "The processes that work for this home."
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SRSYS_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 def until(true, within=120):
     end = time.monotonic() + within
     while not (found := true()):
@@ -68,7 +55,7 @@ def until(true, within=120):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_a_kill_leaves_no_kernel(tmp_path, how):
+def test_a_kill_leaves_no_kernel(tmp_path, how, processes_of):
     "However `srsys run` ends while a cell works, nothing of it lives on, the notebook is kept, and the next run begins."
     slow = {"cells": [{"cell_type": "code", "id": i, "metadata": {"tags": ["parameters"]} if i == "p" else {}, "source": s, "outputs": [], "execution_count": None}
                       for i, s in (("p", "wait = 600"), ("w", "import pathlib, subprocess, time\npathlib.Path('there').touch()\nsubprocess.Popen(['sleep', str(wait)])\ntime.sleep(wait)"))],
@@ -78,12 +65,12 @@ def test_a_kill_leaves_no_kernel(tmp_path, how):
     process = begin(home, path)
     try:
         until((home / "there").exists)
-        until(lambda: len(of_home(home)) >= 4)  # the command, papermill, the kernel, and what the kernel started
+        until(lambda: len(processes_of(home)) >= 4)  # the command, papermill, the kernel, and what the kernel started
         process.send_signal(how)
         assert process.wait(60) != 0
-        until(lambda: not of_home(home), 60)
+        until(lambda: not processes_of(home), 60)
     finally:
-        for left in [process, *of_home(home)]:
+        for left in [process, *processes_of(home)]:
             left.kill()
     assert list(home.glob("runs/*/slow.running.ipynb"))
     again = begin(home, path, "-p", "wait", "0", "--json")
