@@ -166,43 +166,35 @@ def swinir_light(scale: int = 4) -> TrainConfig:
 # %% ../nbs/07_recipes.ipynb #shipped-fast
 def fast_x4() -> TrainConfig:
     "Clean pictures, ×4"
-    return TrainConfig("fast-x4", 4, Compact(48, 10))
+    return TrainConfig("fast-x4", 4, Compact(96, 9, 2), steps=25_104, batch=64, lr=1e-3, validate_every=2_092)
 
 
 def fast_x3() -> TrainConfig:
     "Clean pictures, ×3"
-    return TrainConfig("fast-x3", 3, Compact(48, 10), start=fast_x4(), lr=8e-4, steps=2_000)
+    return TrainConfig("fast-x3", 3, Compact(96, 9, 2), steps=24_864, batch=64, lr=1e-3, validate_every=2_072)
 
 
 def fast_x2() -> TrainConfig:
     "Clean pictures, ×2"
-    first = TrainConfig("fast-x2-first", 2, Compact(64, 14, 2), patch=64, batch=12, lr=1.5e-3, steps=12_000, cycles=2)
-    second = TrainConfig("fast-x2-second", 2, Compact(64, 14, 2), start=first, patch=64, batch=12, lr=7e-4, steps=9_000)
-    third = TrainConfig("fast-x2-third", 2, Compact(64, 14, 2), start=second, objective=Objective(l1=0., l2=1.), patch=64, batch=16, lr=3e-4, steps=4_000)
-    # shrunk further, the pictures are sharper and cleaner than the held-out ones, which therefore cannot choose among the last steps
-    fourth = TrainConfig("fast-x2-fourth", 2, Compact(64, 14, 2), start=third, shrink=(.7, .5), patch=64, batch=16, lr=4e-4, steps=4_500, keep="last")
-    return TrainConfig("fast-x2", 2, Compact(64, 14, 2), start=(third, fourth), shrink=(.8, .65, .5), patch=64, batch=16, lr=5e-4, steps=8_000)
+    return TrainConfig("fast-x2", 2, Compact(64, 14, 2), steps=20_928, batch=48, patch=64, lr=8e-4, shrink=(.8, .65, .5), validate_every=1_744)
 
 # %% ../nbs/07_recipes.ipynb #shipped-photo
-_LIGHT = PhotoRecipe(clean_share=0., blur_share=.4, blur=(.1, .6), noise_share=.4, noise=(1., 6.), poisson_share=0., grain_share=0., coarse_share=0., twice_share=0.)
-_PHOTO = PhotoRecipe(blur_share=.35, noise_share=.35, noise=(1., 15.), coarse_share=.08, twice_share=.1)
+_PHOTO = PhotoRecipe(blur_share=.4, blur=(.1, .8), noise_share=.4, coarse_share=.1)
 
 
 def photo_x4() -> TrainConfig:
     "Damaged photographs, ×4"
-    first = TrainConfig("photo-x4-first", 4, Compact(64, 16), start=fast_x4(), recipe=_LIGHT, batch=8, lr=6e-4, steps=4_500)
-    second = TrainConfig("photo-x4-second", 4, Compact(64, 16), start=first, recipe=_PHOTO, batch=8, lr=5e-4, steps=1_500)
-    return TrainConfig("photo-x4", 4, Compact(64, 16), start=(first, second), recipe=_LIGHT, batch=8, lr=2e-4, steps=300, validate_every=150)
+    return TrainConfig("photo-x4", 4, Compact(128, 12, 2), recipe=_PHOTO, steps=13_008, batch=64, lr=6e-4, validate_every=1_084)
 
 
 def photo_x2() -> TrainConfig:
     "Damaged photographs, ×2"
-    return TrainConfig("photo-x2", 2, Compact(64, 14, 2), start=fast_x2().start[-1], recipe=PhotoRecipe(), patch=64, batch=12, lr=6e-4, steps=2_000)
+    return TrainConfig("photo-x2", 2, Compact(64, 14, 2), recipe=_PHOTO, steps=13_152, batch=48, patch=64, lr=8e-4, validate_every=1_096)
 
 
 def vivid_x4() -> TrainConfig:
     "Damaged photographs, ×4, with a critic: texture that was not there. A beginning: it wants a GPU and a perceptual loss, and is not shipped."
-    return TrainConfig("vivid-x4", 4, Compact(64, 16), start=photo_x4(), recipe=_PHOTO, objective=Objective(l1=1., perceptual=1., gan=.1, relativistic=True),
+    return TrainConfig("vivid-x4", 4, photo_x4().network, start=photo_x4(), recipe=_PHOTO, objective=Objective(l1=1., perceptual=1., gan=.1, relativistic=True),
                        batch=16, patch=48, lr=1e-4, steps=100_000, keep="last")
 
 # %% ../nbs/07_recipes.ipynb #configs

@@ -82,7 +82,8 @@ def load_pictures(
     shrink_above: int = 280,
 ) -> list[np.ndarray]:  # each at least `side` large, (height, width, 3) uint8
     "Read the pictures and prepare them"
-    return [made for picture in map(read_rgb, files) for made in prepare(picture, side, shrink, shrink_above)]
+    def prepared(file): return prepare(read_rgb(file), side, shrink, shrink_above)
+    with ThreadPoolExecutor() as pool: return [picture for made in pool.map(prepared, files) for picture in made]
 
 # %% ../nbs/05_tiles.ipynb #memory
 def draw(

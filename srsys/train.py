@@ -99,10 +99,13 @@ def follow(
     decay: float,     # share of the old average that is kept
 ) -> None:
     "Move the averaged weights a little towards the current ones, as they are when multiplied out"
+    averages, current = [], []
     for name, average in ema.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        current = getattr(net.get_submodule(owner), leaf, None)  # a shared slope is no parameter while training
-        if current is not None: average.lerp_(current, 1 - decay)
+        if (now := getattr(net.get_submodule(owner), leaf, None)) is None: continue  # a shared slope is no parameter while training
+        averages.append(average)
+        current.append(now)
+    torch._foreach_lerp_(averages, current, 1 - decay)
 
 # %% ../nbs/08_train.ipynb #validate
 Pair = tuple[np.ndarray, np.ndarray]  # LR and HR, (height, width, 3) uint8
@@ -184,6 +187,7 @@ def make_fabric(
     from lightning.fabric import Fabric  # takes seconds, and who only judges needs none
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=max(1, world//local), strategy="ddp" if world > 1 else "auto", precision=config.precision)
     fabric.launch()
+    torch.backends.cudnn.benchmark = True  # batches are all of one shape
     return fabric
 
 # %% ../nbs/08_train.ipynb #set-up
@@ -344,7 +348,8 @@ def fit(
     def batches(step): return [pairs(tiles, config, step, part, fabric.device) for part in mine]
     restore = partial(upscale, run.ema, scale=config.scale)
     steps = range(state["step"] + 1, config.steps + 1)
-    for step, batch in zip(steps, feed(batches, steps, workers=1, ahead=2), strict=True):
+    workers = 1 if fabric.device.type == "cpu" else 4  # a processor computes while it feeds itself
+    for step, batch in zip(steps, feed(batches, steps, workers, 2*workers), strict=True):
         state["step"] = step
         torch.manual_seed(config.seed + step)  # for networks that drop paths at random
         if (losses := train_step(run, batch)) is None:
