@@ -62,7 +62,7 @@ class TrainConfig:
     name: str
     scale: int
     network: Compact | RRDBNet | SwinIR = Compact()
-    start: "TrainConfig | str | tuple" = ""  # a run, or weights by name or path, to go on from, or several to be averaged; "" is from scratch
+    start: "TrainConfig | str" = ""  # a run, or weights by name or path, to go on from; "" is from scratch
     recipe: object | None = None     # of damage, from `chains`; None: clean bicubic
     objective: Objective = Objective()
     critic: int = 64                 # channels of the critic, if the objective has one

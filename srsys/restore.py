@@ -153,9 +153,8 @@ def through(
     "Colours and alpha through the network. Raises `RestoreError` if it returns another shape."
     if window_hwc.ndim == 3: return through(net, window_hwc[None], scale, precision, reach)[0]
     colours = window_hwc.shape[3] - 1 + window_hwc.shape[3] % 2
-    parts = [_network(net, window_hwc[..., :colours], scale, precision)]
-    if colours < window_hwc.shape[3]: parts.append(_alpha(net, window_hwc[..., colours:], scale, precision, reach))
-    return torch.cat(parts, 3)
+    made = _network(net, window_hwc[..., :colours], scale, precision)
+    return made if colours == window_hwc.shape[3] else torch.cat([made, _alpha(net, window_hwc[..., colours:], scale, precision, reach)], 3)
 
 # %% ../nbs/05_restore.ipynb #levels
 @torch.inference_mode()
@@ -165,7 +164,9 @@ def _levels(net, windows_nhwc, core, model, precision):
     limit = np.iinfo(windows_nhwc.dtype).max
     hr_nhwc = through(net, windows_nhwc, model.scale, precision, min(model.overlap, 2))[:, top:bottom, left:right]
     if not hr_nhwc.sum().isfinite(): return None
-    levels = hr_nhwc.clamp(0, 1).mul_(limit).add_(.5).to(torch.uint8 if limit == 255 else torch.uint16).cpu().numpy()
+    levels = torch.empty(hr_nhwc.shape, dtype=torch.uint8 if limit == 255 else torch.uint16, device=hr_nhwc.device)
+    for made, strip in zip(levels.split(32, 1), hr_nhwc.split(32, 1), strict=True): made.copy_(strip.clamp(0, 1).mul_(limit).add_(.5))  # a strip at a time stays in the cache
+    levels = levels.cpu().numpy()
     black = windows_nhwc[..., 0].any((1, 2)) & ~levels[..., 0].any((1, 2))
     return None if precision != "float32" and black.any() else levels
 

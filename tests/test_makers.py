@@ -64,7 +64,7 @@ def test_train():
         assert srsys("train", "fast-x4", "--data", photos, "--start", "shipped:fast-x4", "--no-track")[0] == 0
         client = connect(Store(Path(lesson_home.name)))
         found, = client.search_runs([client.get_experiment_by_name("srsys-training").experiment_id])
-        assert found.info.status == "FINISHED" and found.data.metrics["validation.psnr_rgb"] == 30 and found.data.params["network.features"] == "48"
+        assert found.info.status == "FINISHED" and found.data.metrics["validation.psnr_rgb"] == 30 and found.data.params["network.features"] == "96"
         status, output, errors = srsys("train", "huge-x9", "--data", photos)
         assert status == 2 and "there is no recipe 'huge-x9'" in errors
         print(errors.splitlines()[-1])

@@ -3,7 +3,6 @@ import numpy as np
 import os
 import pytest
 import torch
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from srsys import models
@@ -13,6 +12,7 @@ from srsys.tiles import InMemory
 # 08_train.ipynb #lesson-imports
 import matplotlib.pyplot as plt
 import tempfile
+from dataclasses import replace
 from PIL import Image
 from skimage import data
 from srsys.chains import PhotoRecipe
@@ -61,7 +61,7 @@ def test_pairs():
 
 
 def test_the_network_in_training_and_its_average():
-    from srsys.train import TrainError, average, begin, follow, in_training
+    from srsys.train import TrainError, begin, follow, in_training
     # 08_train.ipynb #lesson-network
     torch.manual_seed(0)
     net = in_training(begin(tiny), tiny, fresh=True)
@@ -73,12 +73,6 @@ def test_the_network_in_training_and_its_average():
     assert torch.allclose(after(patch), before(patch), atol=1e-5), "a larger network begins with what the smaller one knows"
     thrice = begin(replace(tiny, scale=3), models.wrap(before, "before"))
     assert torch.equal(thrice.body[2].weight, before.body[2].weight) and thrice(patch).shape == (1, 3, 24, 24), "another scale: all but the last layer"
-    other = begin(tiny)
-    mean = average([models.wrap(before, "before"), models.wrap(other, "other")])
-    assert torch.allclose(mean.net.body[0].weight, (before.body[0].weight + other.body[0].weight)/2)
-    try: average([mean, models.wrap(after, "larger")])
-    except TrainError as e: print(str(e)[:60], "…\n")
-    else: raise AssertionError("should have refused")
     residual = replace(tiny, network=RRDBNet(8, 1))
     assert in_training(begin(residual), residual)(patch).shape == (1, 3, 16, 16)
     for wrong in (replace(tiny, network=Compact(4, 1)), residual):
@@ -240,7 +234,7 @@ def test_from_a_folder_to_a_file_with_a_card():
         assert model.card.scores["validation split"]["psnr_rgb"] > 15
         train(replace(grown, name="again"), photos, out, watch=lambda config: runs.append(config.name) or Watch(), accelerator="cpu")
         assert runs == ["tiny", "grown", "again"], "and not made twice"
-        further = train(replace(grown, name="further", start=(grown, str(file))), photos, out, accelerator="cpu")
+        further = train(replace(grown, name="further", start=str(file)), photos, out, accelerator="cpu")
         assert models.load(further).card.scores["validation split"]["psnr_rgb"] > model.card.scores["validation split"]["psnr_rgb"] - .5
         try: train(replace(tiny, holdout=()), photos, out)
         except TrainError as e: print(str(e).replace(folder, "…"))
