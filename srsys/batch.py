@@ -76,7 +76,7 @@ def _ray():
     try:
         import ray.data
     except ImportError as error:
-        raise BatchError(f"srsys batch works with Ray, which is not installed here: pip install 'srsys[cluster]' ({error})") from error
+        raise BatchError(f"this works with Ray, which is not installed here: pip install 'srsys[cluster]' ({error})") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray._private.worker._worker_logs_enabled = False  # deaths are ours to tell, and stdout is for the report
     return ray

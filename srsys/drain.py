@@ -24,7 +24,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, engine: Engine, stop: threading.Event, terms: Terms = Terms()):  # noqa: B008
         protocol = functools.partial(Patient, patience=terms.patience)
-        super().__init__(uvicorn.Config(app, http=protocol, log_config=None, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=2))
+        super().__init__(uvicorn.Config(app, http=protocol, loop="asyncio", log_config=None, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=2))
         self.engine, self.stop, self.until, self.quiet = engine, stop, None, 0
 
     def handle_exit(self, sig: int, frame) -> None:

@@ -113,7 +113,9 @@ class Engine:
         self.metrics.depth.set_function(lambda: sum(not job.running for job in list(self.jobs)))
 
     def warm(self) -> None:
-        "Load the models; from then on asks are admitted. Raises RegistryError if the registry does not answer."
+        "Load the models, unless they are; from then on asks are admitted. Raises RegistryError if the registry does not answer."
+        if self.table is not None:
+            return
         first, table = self.quick.threads.submit(self.quick.call, os.getpid), self.load()
         first.result()
         self.use(table)

@@ -117,11 +117,17 @@ def test_batch():
 
 
 def test_serve():
+    from srsys.cli import on_ray
     # 14_cli.ipynb #serve-lesson
     page = mock.Mock(serve=mock.Mock(return_value=0))  # the real one has a notebook of its own
     with mock.patch.dict("sys.modules", {"srsys.app": page}):
         assert srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0 and page.serve.call_args.kwargs["terms"].tokens == ()
         print(page.serve.call_args.args[1:])
+    many = mock.Mock()
+    with mock.patch.dict("sys.modules", {"srsys.replicas": many}):
+        assert srsys("serve", "--ray", "local", "--replicas", 3)[0] == 0 and many.serve_on_ray.call_args.args[1:] == (None, "127.0.0.1", 7860, 3)
+        on_ray({"most": 8, "least": 2, "gpu": True})
+        assert many.application.call_args.args[1:] == (8, 2, True) and many.Service.call_args.kwargs["cores"] == 2
 
 
 def test_run():

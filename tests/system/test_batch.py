@@ -1,18 +1,24 @@
 """`srsys batch` on a Ray cluster of three nodes on this machine, of which one is killed, and then the one who hands out the work;
-from a bucket into a bucket (moto's server stands for the store: it speaks the protocol); and a picture that ends whoever works on it."""
+from a bucket into a bucket (moto's server stands for the store: it speaks the protocol); a picture that ends whoever works on it;
+and `srsys serve --ray` on the same cluster, of whose replicas one is killed."""
 import hashlib
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
+import httpx
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -170,6 +176,51 @@ def test_a_picture_that_ends_its_engine_is_set_aside(cluster, tmp_path, monkeypa
     progress = restore_archive(work, model, Crew(cluster.address, engines=1, device="cpu", precision="float32"))
     assert (progress.done, progress.failed) == (7, 1) and "2 engines ended over it" in progress.failures[0][1]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"{i}.png" for i in range(8) if i != 5]
+
+
+def replicas():
+    "The processes in which Ray has the service."
+    return [p for p in psutil.process_iter(["name", "cmdline"]) if "ServeReplica:srsys" in " ".join(p.info["cmdline"] or [])]
+
+
+def test_the_service_by_ray_serve(cluster, tmp_path):
+    "A second replica comes with the load; one is killed: those in its hands are told, and all others are served the right picture, before and after."
+    with socket.create_server(("127.0.0.1", 0)) as claimed:
+        port = claimed.getsockname()[1]
+    cat = Picture(data.chelsea()[100:180, 100:260])
+    content, made = encode_picture(cat), Restorer(load(shipped()["fast-x2"]), "cpu", "float32").restore(cat).pixels
+    command = [SRSYS, "serve", "--ray", cluster.address, "--port", port, "--replicas", 2, "--cores", 1, "--device", "cpu", "--precision", "float32"]
+    with open(tmp_path / "log", "w+") as log, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client, ThreadPoolExecutor(8) as people:
+        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "SRSYS_HOME": str(tmp_path / "home")})
+
+        def ask(_=None):
+            answer = client.post("/v1/restore", files={"file": ("cat.png", content)}, data={"model": "fast", "scale": "2"})
+            assert answer.status_code != 200 or np.array_equal(open_picture(answer.content).pixels, made)
+            return answer.status_code
+
+        try:
+            until(lambda: "The API" in (tmp_path / "log").read_text(), server)
+            assert client.get("/readyz").json() == {"ready": True} and client.get("/v1/models").json()["models"][0]["name"] == "fast-x2"
+            wrong = client.post("/v1/restore", files={"file": ("letter.png", b"Dear Sir or Madam,")})
+            assert wrong.status_code == 415 and wrong.json()["error"] == "not_an_accepted_format"
+            before, end = Counter(), time.monotonic() + 120
+            while len(replicas()) < 2 and time.monotonic() < end:
+                before += Counter(people.map(ask, range(16)))
+            assert set(before) == {200} and len(replicas()) == 2
+            under_way = [people.submit(ask) for _ in range(48)]
+            time.sleep(.5)
+            replicas()[0].kill()
+            meanwhile = Counter(job.result() for job in under_way)
+            print(f"{before.total()} by one replica and then two; of 48 while one was killed {dict(meanwhile)}")
+            assert meanwhile[200] >= 40 and set(meanwhile) <= {200, 500, 503}
+            assert Counter(people.map(ask, range(24))) == {200: 24}
+            last = [people.submit(ask) for _ in range(4)]
+            time.sleep(.3)
+            server.send_signal(signal.SIGTERM)
+            assert {job.result() for job in last} == {200} and server.wait(60) == 0 and not replicas()
+        finally:
+            server.kill()
+            print((tmp_path / "log").read_text()[-2000:])
 
 
 def test_a_node_dies_and_then_the_driver(cluster, tmp_path):

@@ -203,8 +203,18 @@ def test_jobs_say_what_the_command_line_understands(rendered):
     options = {opt for parameter in typer.main.get_command(cli.main).commands[verb].params for opt in parameter.opts}
     assert verb == "batch" and [word for word in words if word.startswith("s3://")] == words[:2] and {word for word in words if word.startswith("-")} <= options
     assert job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "the head lists and counts, which needs no core of Ray's"
-    lock = (ROOT / "requirements.lock").read_text()
-    assert f"\nray=={job['rayClusterSpec']['rayVersion']} " in lock or f"\nray[data]=={job['rayClusterSpec']['rayVersion']} " in lock, "the images' Ray"
+    assert re.search(rf"^ray(\[.*\])?=={re.escape(job['rayClusterSpec']['rayVersion'])} ", (ROOT / "requirements.lock").read_text(), re.M), "the images' Ray"
+
+
+def test_the_service_on_ray_is_one_that_its_nodes_can_hold(rendered, home):
+    service = named(rendered["ray"], "RayService", "srsys")["spec"]
+    config, (workers,) = yaml.safe_load(service["serveConfigV2"]), service["rayClusterConfig"]["workerGroupSpecs"]
+    app, = config["applications"]
+    assert app["import_path"] == "srsys.cli:on_ray"
+    deployment, pod = cli.on_ray(app["args"])._bound_deployment, workers["template"]["spec"]
+    limits, needs = pod["containers"][0]["resources"]["limits"], deployment.ray_actor_options
+    assert (needs["num_cpus"], needs["num_gpus"]) == (int(limits["cpu"]), int(limits["nvidia.com/gpu"])) and app["args"]["most"] == workers["maxReplicas"]
+    assert pod["terminationGracePeriodSeconds"] >= DRAIN + 10 and config["http_options"]["port"] in [port["containerPort"] for port in pod["containers"][0]["ports"]]
 
 
 def test_of_several_ranks_one_talks_to_mlflow(home, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     8: "cli",
+    7.75: "replicas",
     7.5: "batch report",
     7: "app archive traffic",
     6: "serve timetable renewal folder makers release drain",
@@ -23,7 +24,7 @@ FLOORS = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 # packages that few modules know
-ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch"}, "fsspec": {"archive"}, "pyarrow": {"archive", "batch"}, "papermill": {"jobs"}, "apscheduler": {"timetable"},
+ALONE = {"pyvips": {"image"}, "spandrel": {"models", "foreign"}, "mlflow": {"registry", "tracking"}, "gradio": {"app"}, "ray": {"batch", "replicas"}, "fsspec": {"archive"}, "pyarrow": {"archive", "batch"}, "papermill": {"jobs"}, "apscheduler": {"timetable"},
          "typer": {"console", "makers", "release", "cli"}, "pydantic_settings": {"console"}}
 MODULES = sorted(path for path in ROOT.glob("srsys/*.py") if not path.stem.startswith("_"))
 NOTEBOOKS = sorted(ROOT.glob("nbs/*.ipynb"))
