@@ -273,7 +273,6 @@ def create_app(
     terms: Terms = Terms(),  # noqa: B008  (frozen)
 ) -> FastAPI:
     "The service with the page on it."
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in large pages: an eighth of the time
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # shapes; oneDNN looks at its first, and its own 1,024 hold memory for every new size
     os.environ.setdefault("GRADIO_TEMP_DIR", str(folder / "gradio"))
     view.make_examples(folder / "examples")

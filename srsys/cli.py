@@ -140,6 +140,22 @@ def batch(
         console.print(f"{counts} in {progress.seconds:.1f} s → {plain(out)}")
     raise typer.Exit(1 if progress.failed else 0)
 
+# %% ../nbs/14_cli.ipynb #ended
+@contextmanager
+def _ended() -> Iterator[None]:
+    "A block in which being told to end is as Ctrl-C, and Ctrl-C is heeded even by what was started in the background."
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # none: it was no handler of Python's
+
+
+def _pause() -> None:
+    with _ended():  # what was started meanwhile has handlers of its own
+        signal.pause()
+
 # %% ../nbs/14_cli.ipynb #on-ray
 def _terms(settings: Settings):  # door.Terms
     from srsys.door import Terms
@@ -177,7 +193,7 @@ def serve(
     if ray:
         from srsys.replicas import serve_on_ray
         with _ended():
-            return serve_on_ray(_service(settings, device, precision, cores), None if ray == "local" else ray, host, port, replicas, say=typer.echo)
+            return serve_on_ray(_service(settings, device, precision, cores), None if ray == "local" else ray, host, port, replicas, wait=_pause, say=typer.echo)
     from srsys.app import serve as run
     from srsys.signals import set_up_logs
     set_up_logs(settings.log)
@@ -190,17 +206,6 @@ class _Pairs(TyperCommand):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         next(p for p in self.params if "-p" in p.opts).nargs = 2
-
-
-@contextmanager
-def _ended() -> Iterator[None]:
-    "A block in which being told to end is as Ctrl-C, and Ctrl-C is heeded even by what was started in the background."
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 # %% ../nbs/14_cli.ipynb #run-command
 @main.command(cls=_Pairs)
@@ -240,7 +245,7 @@ def schedule(
         for name, at in due.items():
             typer.echo(f"{name}: next {at:%Y-%m-%d %H:%M} UTC")
         try:
-            signal.pause()
+            _pause()
         except KeyboardInterrupt:
             typer.echo("ended; rows that ran will run anew")
     os._exit(0)  # without waiting for them

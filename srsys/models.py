@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import pickle
 import tomllib
 import warnings
@@ -60,6 +61,9 @@ class Compact(nn.Module):
         y, blocks = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (y, blocks))
         y = blocks.index_select(1, places).add_(y).view(n, h, w, 3, side, side)
         return y.permute(0, 1, 4, 2, 5, 3).reshape(n, h*side, w*side, 3).permute(0, 3, 1, 2)
+
+# %% ../nbs/04_models.ipynb #pages
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # %% ../nbs/04_models.ipynb #wide
 class _Wide(nn.Module):

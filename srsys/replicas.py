@@ -79,7 +79,7 @@ def serve_on_ray(
     port: int = 7860,  # of every machine that has a replica
     most: int | None = None,  # replicas; None: as many as there is room for
     least: int = 1,
-    stop: threading.Event | None = None,  # ends it when set, as Ctrl-C does
+    wait: Callable[[], object] = lambda: threading.Event().wait(),  # what it returns from is the end, and so is Ctrl-C
     say: Callable[[str], object] = print,
 ) -> None:
     "Serve the API on a Ray cluster until Ctrl-C. Raises `BatchError` if there is no Ray, or no room; OSError if the port is taken."
@@ -90,8 +90,10 @@ def serve_on_ray(
         try:
             serve.run(application(service, engines, min(least, engines), gpu), name="srsys", route_prefix="/")
             say(f"The API:  http://{host}:{port}/v1/restore, by up to {engines} replicas\nCtrl-C ends it.")
-            (stop or threading.Event()).wait()
+            wait()
         except KeyboardInterrupt:
             pass
         finally:
             serve.delete("srsys")
+            if not serve.status().applications:
+                serve.shutdown()  # it has the port as long as it runs
