@@ -6,6 +6,7 @@
 __all__ = ['Service', 'Replica', 'application', 'serve_on_ray']
 
 # %% ../nbs/12_replicas.ipynb #imports
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def serve_on_ray(
     socket.create_server((host, port)).close()
     with connected(Crew(address, most, service.cores, service.device)) as (_, engines, gpu):
         from ray import serve
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING", "enable_access_log": False})
         try:
             serve.run(application(service, engines, min(least, engines), gpu), name="srsys", route_prefix="/")
