@@ -79,7 +79,6 @@ def serve_on_ray(
     host: str = "127.0.0.1",
     port: int = 7860,  # of every machine that has a replica
     most: int | None = None,  # replicas; None: as many as there is room for
-    least: int = 1,
     wait: Callable[[], object] = lambda: threading.Event().wait(),  # what it returns from is the end, and so is Ctrl-C
     say: Callable[[str], object] = print,
 ) -> None:
@@ -90,7 +89,7 @@ def serve_on_ray(
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING", "enable_access_log": False})
         try:
-            serve.run(application(service, engines, min(least, engines), gpu), name="srsys", route_prefix="/")
+            serve.run(application(service, engines, gpu=gpu), name="srsys", route_prefix="/")
             say(f"The API:  http://{host}:{port}/v1/restore, by up to {engines} replicas\nCtrl-C ends it.")
             wait()
         except KeyboardInterrupt:
