@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'T', 'R', 'TilesError', 'split', 'data_digest', 'read_rgb', 'prepare', 'load_pictures', 'draw', 'InMemory',
-           'tiles_of', 'cut', 'Shards', 'feed']
+           'tint', 'tiles_of', 'cut', 'Shards', 'feed']
 
 # %% ../nbs/05_tiles.ipynb #imports
 import hashlib
@@ -123,6 +123,21 @@ class InMemory:
 
 
 def _pixels_digest(picture_hwc): return hashlib.sha256(f"{picture_hwc.shape}".encode() + picture_hwc.tobytes()).hexdigest()
+
+# %% ../nbs/05_tiles.ipynb #tint
+def tint(
+    hr_nchw: torch.Tensor,  # uint8
+    share: float,           # of the patches
+    rng: np.random.Generator,
+) -> torch.Tensor:          # uint8
+    "A share of the patches in the shades of one colour each, any colour, from flat to full of detail: photographs hardly have the pure ones"
+    n = len(hr_nchw)
+    def column(values): return torch.from_numpy(values).to(hr_nchw.device)[:, None, None, None]
+    chosen, depth = column(rng.random(n) < share), column(rng.random(n)).float()
+    colours = np.where(rng.random((n, 3)) < .5, 255*rng.integers(2, size=(n, 3)), rng.integers(256, size=(n, 3)))
+    shades = 1 - depth*(1 - hr_nchw.float().mean(1, keepdim=True)/255)
+    tinted = (torch.from_numpy(colours).to(hr_nchw.device)[:, :, None, None]*shades).round().byte()
+    return torch.where(chosen, tinted, hr_nchw)
 
 # %% ../nbs/05_tiles.ipynb #cut-tiles
 def tiles_of(

@@ -28,7 +28,7 @@ from .foreign import initialise
 from .losses import Perceptual, UNetCritic, adversarial
 from .metrics import mean_scores, score
 from .recipes import TrainConfig, card_of, lr_at, made_by
-from .tiles import InMemory, Shards, data_digest, feed, load_pictures, read_rgb, split
+from .tiles import InMemory, Shards, data_digest, feed, load_pictures, read_rgb, split, tint
 
 # %% ../nbs/08_train.ipynb #pairs
 def pairs(
@@ -42,6 +42,7 @@ def pairs(
     rng, s, p = np.random.default_rng([config.seed, step, part] if part else [config.seed, step]), config.scale, config.patch
     margin = 16 if config.recipe else 0
     hr = tiles.draw((p + margin)*s, config.batch, rng).to(device)
+    if config.tinted: hr = tint(hr, config.tinted, rng)
     if config.recipe:
         lr = config.recipe.damage(hr, s, rng).float()
         y, x = rng.integers(margin + 1, size=2)

@@ -79,6 +79,17 @@ def test_patches_from_memory():
     assert len({p.numpy().tobytes() for p in orientations}) == 8  # four turns, and each of them mirrored
 
 
+def test_pure_colours():
+    from srsys.tiles import tint
+    # 05_tiles.ipynb #lesson-tint
+    cat = torch.from_numpy(np.ascontiguousarray(data.chelsea()[:96, :96].transpose(2, 0, 1)))[None].repeat(6, 1, 1, 1)
+    shades = tint(cat, 1., np.random.default_rng(1))
+    assert torch.equal(tint(cat, 0., np.random.default_rng(1)), cat) and not torch.equal(shades, cat)
+    grey = tint(torch.full((8, 3, 4, 4), 100, dtype=torch.uint8), 1., np.random.default_rng(1))
+    assert torch.equal(grey.amax((2, 3)), grey.amin((2, 3))), "what was flat is flat, in another colour"
+    Image.fromarray(np.concatenate([*shades.permute(0, 2, 3, 1).numpy()], 1))
+
+
 def test_patches_from_the_disk():
     from srsys.tiles import InMemory, Shards, cut, data_digest, split, tiles_of
     # 05_tiles.ipynb #lesson-shards

@@ -54,8 +54,10 @@ def test_pairs():
     clean_lr, clean_hr = pairs(tiles, replace(config, recipe=None), step=7)
     assert abs(clean_lr.mean() - clean_hr.mean()) < .01
     _, axes = plt.subplots(2, 4, figsize=(8, 4), dpi=60)
-    for column, pair in zip(axes.T, zip(lr, hr, strict=True), strict=True):
-        for ax, picture in zip(column, pair, strict=True):
+    tinted_lr, tinted_hr = pairs(tiles, replace(config, tinted=1.), step=7)
+    assert not torch.equal(tinted_hr, hr)
+    for both, pair in zip(axes.T, [*zip(lr[:2], hr, strict=False), *zip(tinted_lr[:2], tinted_hr, strict=False)], strict=True):
+        for ax, picture in zip(both, pair, strict=True):
             ax.imshow(picture.permute(1, 2, 0))
             ax.axis("off")
 

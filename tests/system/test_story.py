@@ -117,7 +117,7 @@ def fill(inbox):
 def test_the_life_of_a_model(mlflow, home, serve, tmp_path, monkeypatch):
     monkeypatch.setenv("SRSYS_POLL", "3")
     store = Store(home, mlflow)
-    first = register(store, worse(models.shipped()["fast-x4"], tmp_path / "first.safetensors", .06, 0), status="passed")
+    first = register(store, worse(models.shipped()["fast-x4"], tmp_path / "first.safetensors", .12, 0), status="passed")
     fill(home / "data/inbox")
     app = serve(home, within=600)
 
