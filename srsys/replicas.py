@@ -77,13 +77,13 @@ def serve_on_ray(
     service: Service,
     address: str | None,  # of a Ray cluster; None: this machine alone
     host: str = "127.0.0.1",
-    port: int = 7860,  # of every machine that has a replica
+    port: int = 7860,  # of every machine that has a replica; 0: any
     most: int | None = None,  # replicas; None: as many as there is room for
     wait: Callable[[], object] = lambda: threading.Event().wait(),  # what it returns from is the end, and so is Ctrl-C
     say: Callable[[str], object] = print,
 ) -> None:
     "Serve the API on a Ray cluster until Ctrl-C. Raises `BatchError` if there is no Ray, or no room; OSError if the port is taken."
-    socket.create_server((host, port)).close()
+    with socket.create_server((host, port)) as claimed: port = claimed.getsockname()[1]
     with connected(Crew(address, most, service.cores, service.device)) as (_, engines, gpu):
         from ray import serve
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

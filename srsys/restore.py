@@ -161,11 +161,11 @@ def through(
 def _levels(net, windows_nhwc, core, model, precision):
     "The cores of windows of one shape, scaled, in their type; None if that is no picture"
     top, bottom, left, right = (n*model.scale for n in core)
-    limit = np.iinfo(windows_nhwc.dtype).max
     hr_nhwc = through(net, windows_nhwc, model.scale, precision, min(model.overlap, 2))[:, top:bottom, left:right]
     if not hr_nhwc.sum().isfinite(): return None
+    limit, rows = np.iinfo(windows_nhwc.dtype).max, hr_nhwc.shape[1] if hr_nhwc.is_cuda else 32  # so many at a time stay in a processor's cache
     levels = torch.empty(hr_nhwc.shape, dtype=torch.uint8 if limit == 255 else torch.uint16, device=hr_nhwc.device)
-    for made, strip in zip(levels.split(32, 1), hr_nhwc.split(32, 1), strict=True): made.copy_(strip.clamp(0, 1).mul_(limit).add_(.5))  # a strip at a time stays in the cache
+    for made, strip in zip(levels.split(rows, 1), hr_nhwc.split(rows, 1), strict=True): made.copy_(strip.clamp(0, 1).mul_(limit).add_(.5))
     levels = levels.cpu().numpy()
     black = windows_nhwc[..., 0].any((1, 2)) & ~levels[..., 0].any((1, 2))
     return None if precision != "float32" and black.any() else levels
