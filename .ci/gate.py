@@ -5,11 +5,11 @@ A refusal is recorded in the registry; an acceptance waits for `srsys promote`, 
 import sys
 from pathlib import Path
 
-from srsys.console import read_settings
-from srsys.gate import gate
-from srsys.promotion import promote
-from srsys.registry import Store, list_versions
-from srsys.trial import read_evidence
+from srsys.cli.common import read_settings
+from srsys.registry.gating import gate
+from srsys.registry.promotion import promote
+from srsys.registry.store import Store, list_versions
+from srsys.evaluate.comparison import read_evidence
 
 
 def judge(model: str, report: Path) -> int:

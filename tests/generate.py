@@ -1,4 +1,4 @@
-"""Write tests/test_<module>.py from the lessons in the notebooks, and remove what no notebook makes any more.
+"""Write tests/<package>/test_<module>.py from the lessons in the notebooks, and remove generated files that no notebook makes.
 
 All lessons of a `##` section become one test, which imports what it uses of the shipped module by name and shares with the
 others only what stands before the first `##`. A lesson tagged `#| slow` or `#| gpu` becomes a test of its own, marked so.
@@ -69,8 +69,8 @@ def generate(path):
         elif cell.cell_type == "code" and (code := plain(cell)):
             marks = [f"@pytest.mark.{mark}\n" for mark in ("slow", "gpu") if mark in flags]
             own = "".join(marks) + f"def {name}_{re.sub(r'[^a-z0-9]+', '_', cell.id.lower())}" if marks else name
-            tests.setdefault(own, []).append(f"# {path.name} #{cell.id}\n{code}")
-    return module, render(module, tests, exported, path.name)
+            tests.setdefault(own, []).append(f"# {path.relative_to(ROOT / 'nbs')} #{cell.id}\n{code}")
+    return module, render(module, tests, exported, path.relative_to(ROOT / "nbs"))
 
 
 def render(module, tests, exported, notebook):
@@ -87,14 +87,25 @@ def render(module, tests, exported, notebook):
     return text + "\n"
 
 
+def test_file(module):
+    "Where the tests of a module are written: serve.engine → tests/serve/test_engine.py."
+    *package, name = module.split(".")
+    return ROOT.joinpath("tests", *package, f"test_{name.strip('_')}.py")
+
+
 def main():
-    pages = dict(generate(path) for path in sorted(ROOT.glob("nbs/*.ipynb")))
-    for old in [*ROOT.glob("tests/test_*.py"), *ROOT.glob("srsys/[!_]*.py")]:
-        if old.stem.removeprefix("test_") not in pages:
+    pages = dict(generate(path) for path in sorted(ROOT.glob("nbs/**/[!.]*.ipynb")))
+    pages.pop(None, None)  # pages that make no module
+    tests = {test_file(module): text for module, text in pages.items()}
+    modules = {ROOT / "srsys" / f"{module.replace('.', '/')}.py" for module in pages}
+    for old in {path for path in ROOT.glob("tests/**/test_*.py") if path.parent.name != "system"} - tests.keys():
+        old.unlink()
+    for old in {path for path in ROOT.glob("srsys/**/*.py") if path.parent != ROOT / "srsys" or not path.stem.startswith("_")} - modules:
+        if old.name != "__init__.py":
             old.unlink()
-    for module, text in pages.items():
-        if module:
-            (ROOT / f"tests/test_{module}.py").write_text(text)
+    for path, text in tests.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -65,15 +65,15 @@ def test_a_header_and_a_picture():
 
 
 def test_the_first_bytes_decide():
-    from srsys.image import sniff
+    from srsys.image import detect_format
     # 00_image.ipynb #sniff-lesson
     for name in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "BMP", "GIF"):
-        assert sniff(encoded(PHOTO[:16, :16], name)) == name.lower()
+        assert detect_format(encoded(PHOTO[:16, :16], name)) == name.lower()
 
-    print(refusal(sniff, b"%!PS-Adobe-3.0 EPSF-3.0\n"))
-    print(refusal(sniff, b"<svg xmlns='http://www.w3.org/2000/svg'/>"))
-    print(refusal(sniff, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))
-    print(refusal(sniff, b""))
+    print(refusal(detect_format, b"%!PS-Adobe-3.0 EPSF-3.0\n"))
+    print(refusal(detect_format, b"<svg xmlns='http://www.w3.org/2000/svg'/>"))
+    print(refusal(detect_format, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))
+    print(refusal(detect_format, b""))
 
 
 def test_the_size_is_known_before_the_pixels():
@@ -203,27 +203,27 @@ def test_a_whole_picture():
 
 
 def test_what_a_format_can_hold():
-    from srsys.image import Header, losses, output_format
+    from srsys.image import Header, format_losses, output_format
     # 00_image.ipynb #losses-lesson
     assert output_format("a/b.JPG") == "jpeg" and output_format("b", "webp") == "webp"
     rich = Header(800, 600, bands=4, depth=16)
-    assert losses(rich, "png") == losses(rich, "tiff") == ()
-    print(losses(Header(800, 600, bands=3, exif=b"Exif"), "tiff"))
-    print(losses(rich, "jpeg"), losses(rich, "webp"))
-    print(refusal(losses, Header(20_000, 300, bands=3), "webp"))
+    assert format_losses(rich, "png") == format_losses(rich, "tiff") == ()
+    print(format_losses(Header(800, 600, bands=3, exif=b"Exif"), "tiff"))
+    print(format_losses(rich, "jpeg"), format_losses(rich, "webp"))
+    print(refusal(format_losses, Header(20_000, 300, bands=3), "webp"))
     print(refusal(output_format, "scan.xcf"))
     print(refusal(output_format, "scan.png", "jp2"))
 
 
 def test_encoding():
-    from srsys.image import Picture, encode_picture, open_picture, sniff, without_position
+    from srsys.image import Picture, detect_format, encode_picture, open_picture, without_position
     # 00_image.ipynb #encode-lesson
     photo = Picture(PHOTO)
     for format in ("png", "jpeg", "webp", "tiff"):
         file = encode_picture(photo, format)
         difference = np.abs(open_picture(file).pixels.astype(int) - PHOTO).mean()
         print(f"{format:5} {len(file):7,} bytes, differs by {difference:.2f}")
-        assert sniff(file) == format and difference < 2 and (difference == 0 or format in ("jpeg", "webp"))
+        assert detect_format(file) == format and difference < 2 and (difference == 0 or format in ("jpeg", "webp"))
     assert np.array_equal(open_picture(encode_picture(photo, "webp", quality=100)).pixels, PHOTO)
     print(refusal(encode_picture, photo, "jpeg", quality=0))
 

@@ -17,19 +17,18 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("degrade", "metrics", "models", "data", "train", "restore", "evaluate", "registry", "monitor", "serve", "batch", "jobs", "cli")
 
 
 def exported(notebook):
-    "The notebook's module and, for each name, the exported cell that defines it."
-    module, cells = None, {}
+    "For each name that a notebook exports, the cell that defines it."
+    cells = {}
     for cell in json.loads(notebook.read_text())["cells"]:
         source = "".join(cell["source"])
-        if found := re.match(r"#\s*\|\s*default_exp (\S+)", source):
-            module = found[1]
-        elif re.match(r"#\s*\|\s*export", source):
+        if re.match(r"#\s*\|\s*export", source):
             code = re.sub(r"^#\s*\|.*\n", "", source, flags=re.M).strip()
             cells.update(dict.fromkeys(re.findall(r"^(?:async )?(?:def|class) (\w+)", code, re.M), code))
-    return module, cells
+    return cells
 
 
 def name(cell):
@@ -74,6 +73,15 @@ def folded(cells):
     return kept + cells[first:]
 
 
+def contents(page):
+    "The hidden table of contents at the end of an index page: the packages in reading order, or the modules of one package."
+    if page.parent.name == "_proc":
+        groups = [("Pictures and files", ["[0-9]*"])] + [("Packages", [f"{name}/index" for name in PACKAGES])] + [("Studies", ["studies/*"])]
+    else:
+        groups = [("Modules", ["[0-9]*"])]
+    return "\n\n".join("```{toctree}\n:hidden:\n:glob:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```" for caption, pages in groups)
+
+
 def prepare(page, sources, homes):
     "Write a page anew: descriptions in the order of the source, which follows folded, and links that stay in the house."
     nb, cells = nbformat.read(page, 4), []
@@ -88,24 +96,25 @@ def prepare(page, sources, homes):
 
     def local(link):
         anchor = link[2].split(".")[0]  # a method stands with its class, a private name on its page
-        return homes[link[1]] + ("" if anchor.startswith("#_") else anchor)
+        return os.path.relpath(homes[link[1]], page.parent) + ("" if anchor.startswith("#_") else anchor)
 
     for cell in cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(?m)^(#.*?)\[(`[^`]+`)\]\([^)]*\)", r"\1\2", cell.source)
-            cell.source = re.sub(host + r"(\w+)\.html(#[\w.]*|)", local, cell.source)
+            cell.source = re.sub(host + r"([\w/]+)\.html(#[\w.]*|)", local, cell.source)
     if page.stem == "index":
-        cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:glob:\n\n[0-9]*\n```"))
+        cells.append(nbformat.v4.new_markdown_cell(contents(page)))
     nb.cells, nb.metadata = cells, {"kernelspec": nb.metadata.kernelspec, "language_info": {"name": "python"}}
     nbformat.write(nb, page)
 
 
 def main():
     proc = proc_nbs(force=True, n_workers=os.cpu_count())
-    made = {path.stem: exported(path) for path in ROOT.glob("nbs/*.ipynb")}
-    homes = {module: f"{stem}.ipynb" for stem, (module, _) in made.items()}
-    for page in proc.glob("*.ipynb"):
-        prepare(page, made[page.stem][1], homes)
+    pages = sorted(proc.glob("**/*.ipynb"))
+    # nbdev links to a notebook by its path without the numbers that order the reading
+    homes = {re.sub(r"(^|/)\d+_", r"\1", str(page.relative_to(proc).with_suffix(""))): page for page in pages}
+    for page in pages:
+        prepare(page, exported(ROOT / "nbs" / page.relative_to(proc)), homes)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", proc / ".doctrees",
                     "-c", Path(__file__).parent, proc, ROOT / "_docs"], check=True)

@@ -28,13 +28,13 @@ from skimage import data
 from torch import nn
 from typer.testing import CliRunner
 
-from srsys.archive import Place, Work, listing, read_manifest, source_of
-from srsys.batch import Crew, restore_archive
-from srsys.cli import main
-from srsys.folder import Settings, plan_jobs, restore_one
+from srsys.batch.archive import Storage, BatchJob, list_pictures, read_batch_manifest, parse_source
+from srsys.batch.cluster import ClusterOptions, restore_archive
+from srsys.cli.main import main
+from srsys.batch.folder import OutputSettings, plan_jobs, restore_one
 from srsys.image import Picture, encode_picture, open_picture, save_picture
-from srsys.models import Model, load, shipped
-from srsys.restore import Restorer
+from srsys.models.weights import Model, load, shipped_weights
+from srsys.restore.restorer import Restorer
 
 pytestmark = pytest.mark.timeout(900)
 SRSYS = Path(sys.executable).with_name("srsys")
@@ -92,7 +92,7 @@ def until(reached, process, within=300):
 
 
 def manifest(address):
-    return pa.concat_tables(part for _, part in read_manifest(Place(str(address)))).to_pandas()
+    return pa.concat_tables(part for _, part in read_batch_manifest(Storage(str(address)))).to_pandas()
 
 
 def cut(folder, count, side=32):
@@ -165,15 +165,15 @@ class Deadly(nn.Upsample):
 
 
 def test_a_picture_that_ends_its_engine_is_set_aside(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("srsys.batch.TRIES", 2)  # of three, for time
+    monkeypatch.setattr("srsys.batch.cluster.MAX_ATTEMPTS", 2)  # of three, for time
     import ray.cloudpickle
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the engines know no tests
     (tmp_path / "in").mkdir()
     for i in range(8):
         save_picture(Picture(np.full((16, 16, 3), 0 if i == 5 else 10 + i, np.uint8)), tmp_path / "in" / f"{i}.png")
     model = Model(Deadly(scale_factor=2), "deadly", 2, overlap=0, exact=True, multiple_of=1, architecture="nearest", sha256="1" * 64)
-    work = Work(source_of(f"{tmp_path}/in"), Place(f"{tmp_path}/out"), Settings(None, "png", 95, "float32", model.sha256))
-    progress = restore_archive(work, model, Crew(cluster.address, engines=1, device="cpu", precision="float32"))
+    work = BatchJob(parse_source(f"{tmp_path}/in"), Storage(f"{tmp_path}/out"), OutputSettings(None, "png", 95, "float32", model.sha256))
+    progress = restore_archive(work, model, ClusterOptions(cluster.address, engines=1, device="cpu", precision="float32"))
     assert (progress.done, progress.failed) == (7, 1) and "2 engines ended over it" in progress.failures[0][1]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"{i}.png" for i in range(8) if i != 5]
 
@@ -188,7 +188,7 @@ def test_the_service_by_ray_serve(cluster, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as claimed:
         port = claimed.getsockname()[1]
     cat = Picture(data.chelsea()[100:180, 100:260])
-    content, made = encode_picture(cat), Restorer(load(shipped()["fast-x2"]), "cpu", "float32").restore(cat).pixels
+    content, made = encode_picture(cat), Restorer(load(shipped_weights()["fast-x2"]), "cpu", "float32").restore(cat).pixels
     command = [SRSYS, "serve", "--ray", cluster.address, "--port", port, "--replicas", 2, "--cores", 1, "--device", "cpu", "--precision", "float32"]
     with open(tmp_path / "log", "w+") as log, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client, ThreadPoolExecutor(8) as people:
         server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "SRSYS_HOME": str(tmp_path / "home")})
@@ -240,8 +240,8 @@ def test_ten_thousand_pictures_survive_it(cluster, tmp_path):
 def test_what_ray_costs(tmp_path):
     "Slow: pictures a second of two engines with a core each, between the first answer and the last, beside one process with two threads."
     cut(tmp_path / "in", 600, side=128)
-    resolved = load(shipped()["fast-x2"])
-    settings, here = Settings(None, "png", 95, "float32", resolved.sha256), []
+    resolved = load(shipped_weights()["fast-x2"])
+    settings, here = OutputSettings(None, "png", 95, "float32", resolved.sha256), []
     torch.set_num_threads(2)
     restorer, jobs = Restorer(resolved, "cpu", "float32"), plan_jobs([tmp_path / "in"], tmp_path / "alone")
     start = time.monotonic()
@@ -251,7 +251,7 @@ def test_what_ray_costs(tmp_path):
     torch.set_num_threads(1)
     with environment(OMP_NUM_THREADS="1"):
         begun = time.monotonic()
-        restore_archive(Work(source_of(f"{tmp_path}/in"), Place(f"{tmp_path}/out"), settings), resolved, Crew(engines=2, device="cpu", precision="float32"),
+        restore_archive(BatchJob(parse_source(f"{tmp_path}/in"), Storage(f"{tmp_path}/out"), settings), resolved, ClusterOptions(engines=2, device="cpu", precision="float32"),
                         lambda progress, rows: here.append((time.monotonic(), progress.done)))
     (first, before), (last, after) = here[8], here[-1]
     rate = (after - before) / (last - first)
@@ -269,7 +269,7 @@ def test_a_bucket_of_a_hundred_thousand(store, tmp_path):
     backend = get_backend("s3")["123456789012"]["aws"]
     for i in range(100_000):
         backend.put_object("archive", f"many/{i // 1000:03d}/{i:06d}.png", content)
-    model, heard, start = load(shipped()["fast-x2"]), [], time.monotonic()
+    model, heard, start = load(shipped_weights()["fast-x2"]), [], time.monotonic()
 
     def tell(progress, rows):
         heard.append(time.monotonic() - start)
@@ -277,10 +277,10 @@ def test_a_bucket_of_a_hundred_thousand(store, tmp_path):
             raise Enough
 
     with pytest.raises(Enough):
-        restore_archive(Work(source_of("s3://archive/many"), Place("s3://archive/restored"), Settings(None, "png", 95, "float32", model.sha256)), model,
-                        Crew(engines=1, device="cpu", precision="float32"), tell)
+        restore_archive(BatchJob(parse_source("s3://archive/many"), Storage("s3://archive/restored"), OutputSettings(None, "png", 95, "float32", model.sha256)), model,
+                        ClusterOptions(engines=1, device="cpu", precision="float32"), tell)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    names = sum(1 for _ in listing(source_of("s3://archive/many")))
+    names = sum(1 for _ in list_pictures(parse_source("s3://archive/many")))
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"first picture after {heard[0]:.1f} s, all counted after {heard[-1]:.1f} s; the largest process of Ray had {children:.0f} MB, listing {names} names took {more:.0f} MB more")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srsys.degrade import imresize
-from srsys.evaluate import evaluate
+from srsys.degrade.operations import imresize
+from srsys.evaluate.measure import evaluate
 from srsys.image import open_picture
-from srsys.models import load, shipped
-from srsys.tables import read, rows
+from srsys.models.weights import load, shipped_weights
+from srsys.evaluate.tables import read_scores, select_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT.parent / "shared" / "data" / "bench"
@@ -37,7 +37,7 @@ def measured():
     def measure(name, folder, scale, degrade="bicubic"):
         key = name, folder, scale, degrade
         if key not in seen:
-            seen[key] = evaluate(load(shipped()[name]), BENCH / folder, scale, degrade, device="cpu")
+            seen[key] = evaluate(load(shipped_weights()[name]), BENCH / folder, scale, degrade, device="cpu")
         return seen[key]
     return measure
 
@@ -62,13 +62,13 @@ def test_the_photo_model_undoes_jpeg(measured):
     assert report.mean.psnr_rgb - report.bicubic.psnr_rgb >= .65
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", sorted(shipped_weights()))
 def test_a_row_of_the_table_comes_out_again(name):
     "What the pages show is what these weights do."
-    document = read(ROOT / "nbs/measured/scores.json")
-    found = [report for folder in ("Set5", "Set14") for _, report, _ in rows(document, name=name, data=folder)]
+    document = read_scores(ROOT / "nbs/measured/scores.json")
+    found = [report for folder in ("Set5", "Set14") for _, report, _ in select_rows(document, name=name, data=folder)]
     if not found:
         pytest.skip("the table has no row of these weights yet: make tables")
-    again = evaluate(load(shipped()[name]), BENCH / found[0].data, found[0].scale, found[0].degrade, device="cpu")
+    again = evaluate(load(shipped_weights()[name]), BENCH / found[0].data, found[0].scale, found[0].degrade, device="cpu")
     assert (again.data_sha256, again.weights_sha256) == (found[0].data_sha256, found[0].weights_sha256)
     assert again.mean.psnr_rgb == pytest.approx(found[0].mean.psnr_rgb, abs=.01) and again.mean.ssim_y == pytest.approx(found[0].mean.ssim_y, abs=.001)

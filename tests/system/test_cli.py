@@ -132,5 +132,5 @@ def test_what_cannot_begin_says_so_in_one_line(tmp_path):
 
 
 def test_help_does_not_wait_for_pytorch():
-    code = "import sys, srsys.cli; print({'torch', 'mlflow', 'gradio', 'pyvips', 'lightning'} & set(sys.modules))"
+    code = "import sys, srsys.cli.main; print({'torch', 'mlflow', 'gradio', 'pyvips', 'lightning'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -15,12 +15,12 @@ import typer
 import yaml
 from prometheus_client import generate_latest
 
-from srsys import cli
-from srsys.console import Settings
-from srsys.engine import Metrics
-from srsys.makers import tracks
-from srsys.recipes import CONFIGS, Compact, TrainConfig
-from srsys.registry import Store, connect
+from srsys.cli import main
+from srsys.cli.common import Settings
+from srsys.monitor.telemetry import Metrics
+from srsys.cli.develop import track_training
+from srsys.train.configs import CONFIGS, Compact, TrainConfig
+from srsys.registry.store import Store, connect_client
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = yaml.safe_load(Path(__file__).with_name("crds.yaml").read_text())
@@ -119,7 +119,7 @@ def test_the_server_is_probed_and_ended_as_it_expects(rendered, overlay):
     spec = named(rendered[overlay], "Deployment", "srsys")["spec"]["template"]["spec"]
     container, = spec["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    defaults = {name: parameter.default for name, parameter in inspect.signature(cli.serve).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main.serve).parameters.items()}
     assert ports == {"http": defaults["port"], "metrics": defaults["metrics_port"]}
     assert container["args"][:2] == ["srsys", "serve"] and [container["args"][i + 1] for i, arg in enumerate(container["args"]) if "port" in arg] == ["7860", "9464"]
     routes = (ROOT / "srsys/serve.py").read_text()
@@ -200,7 +200,7 @@ def test_jobs_say_what_the_command_line_understands(rendered):
     assert args["train"] in CONFIGS
     job = named(rendered["ray"], "RayJob", "archive")["spec"]
     verb, *words = shlex.split(job["entrypoint"])[1:]
-    options = {opt for parameter in typer.main.get_command(cli.main).commands[verb].params for opt in parameter.opts}
+    options = {opt for parameter in typer.main.get_command(main.main).commands[verb].params for opt in parameter.opts}
     assert verb == "batch" and [word for word in words if word.startswith("s3://")] == words[:2] and {word for word in words if word.startswith("-")} <= options
     assert job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "the head lists and counts, which needs no core of Ray's"
     assert re.search(rf"^ray(\[.*\])?=={re.escape(job['rayClusterSpec']['rayVersion'])} ", (ROOT / "requirements.lock").read_text(), re.M), "the images' Ray"
@@ -210,8 +210,8 @@ def test_the_service_on_ray_is_one_that_its_nodes_can_hold(rendered, home):
     service = named(rendered["ray"], "RayService", "srsys")["spec"]
     config, (workers,) = yaml.safe_load(service["serveConfigV2"]), service["rayClusterConfig"]["workerGroupSpecs"]
     app, = config["applications"]
-    assert app["import_path"] == "srsys.cli:on_ray"
-    deployment, pod = cli.on_ray(app["args"])._bound_deployment, workers["template"]["spec"]
+    assert app["import_path"] == "srsys.cli.main:on_ray"
+    deployment, pod = main.on_ray(app["args"])._bound_deployment, workers["template"]["spec"]
     limits, needs = pod["containers"][0]["resources"]["limits"], deployment.ray_actor_options
     assert (needs["num_cpus"], needs["num_gpus"]) == (int(limits["cpu"]), int(limits["nvidia.com/gpu"])) and app["args"]["most"] == workers["maxReplicas"]
     assert pod["terminationGracePeriodSeconds"] >= DRAIN + 10 and config["http_options"]["port"] in [port["containerPort"] for port in pod["containers"][0]["ports"]]
@@ -222,9 +222,9 @@ def test_of_several_ranks_one_talks_to_mlflow(home, monkeypatch):
     config, settings = TrainConfig("ranks-x2", 2, Compact(8, 1, width=16)), SimpleNamespace(home=home, tracking_uri=None)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        with tracks(settings, config, home / "runs") as track:
+        with track_training(settings, config, home / "runs") as track:
             track.step(1, {"l1": 1.0})
             assert (track.client is not None) == (rank == "0")
-    client = connect(Store(home))
+    client = connect_client(Store(home))
     runs = client.search_runs([client.get_experiment_by_name("srsys-training").experiment_id])
     assert [(run.info.run_name, run.info.status) for run in runs] == [("ranks-x2", "FINISHED")]

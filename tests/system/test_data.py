@@ -21,10 +21,10 @@ import pytest
 from PIL import Image
 from skimage import data as photos
 
-from srsys.data import DataError, check, pictures
-from srsys.fetch import FetchError, download
-from srsys.leaks import find, library_of, read_grey
-from srsys.tiles import Shards
+from srsys.data.datasets import DataError, check_dataset, dataset_pictures
+from srsys.files import FetchError, download
+from srsys.data.leaks import find_copies, build_index, read_grey
+from srsys.data.patches import ShardedTiles
 
 pytestmark = pytest.mark.timeout(300)  # each start reads NumPy and SciPy, which takes a while on a busy machine
 SRSYS = Path(sys.executable).with_name("srsys")
@@ -207,7 +207,7 @@ def test_two_at_once_fetch_it_once(mirror, start, home):
     for process in both:
         output, errors = process.communicate(timeout=200)
         assert process.returncode == 0 and "3 train, 1 validation" in output or "1 validation, 3 train" in output, errors
-    assert mirror.asked == [None] and check(home / "data/street").sound
+    assert mirror.asked == [None] and check_dataset(home / "data/street").sound
 
 
 def test_from_a_name_to_tiles(mirror, run, home, tmp_path):
@@ -218,15 +218,15 @@ def test_from_a_name_to_tiles(mirror, run, home, tmp_path):
     status, output, errors = run("fetch", "cats", "street", "--accept")
     assert status == 1 and errors.count("street/street/cat.jpg holds cats/chelsea.png") == 2 and len(errors.splitlines()) == 2
     with pytest.raises(DataError, match="cat.jpg holds cats/chelsea.png"):
-        pictures(home, "street")
+        dataset_pictures(home, "street")
     out = tmp_path / "tiles"
     status, output, errors = run("fetch", "street", "--drop-leaks", "--json")
     assert status == 0 and json.loads(output)[0]["left_out"] == {"street/street/cat.jpg": "cats/chelsea.png"}
     status, output, errors = run("cut", "street", "-o", out, "--side", 128, "--overlap", 8, "--json")
-    assert status == 0 and json.loads(output)["digest"] == Shards(out).digest, errors
-    assert Shards(out).draw(64, 4, np.random.default_rng(0)).shape == (4, 3, 64, 64)
+    assert status == 0 and json.loads(output)["digest"] == ShardedTiles(out).digest, errors
+    assert ShardedTiles(out).draw(64, 4, np.random.default_rng(0)).shape == (4, 3, 64, 64)
 
-    assert check(home / "data/street").sound
+    assert check_dataset(home / "data/street").sound
     victim = home / "data/street/street/street/a.png"
     victim.write_bytes(victim.read_bytes()[:-1])
     status, output, errors = run("check", "--json")
@@ -247,19 +247,19 @@ def test_from_a_name_to_tiles(mirror, run, home, tmp_path):
     ("text.tgz", b"Dear Sir or Madam,", "cannot be unpacked"),
 ])
 def test_archives_that_mean_harm(mirror, home, name, archive, says):
-    from srsys.data import catalog, fetch
+    from srsys.data.datasets import dataset_catalog, fetch_dataset
     mirror.files[name] = archive
     toml = home.parent / "catalog.toml"
     entry = {"name": name, "url": f"{mirror.url}/{name}", "sha256": hashlib.sha256(archive).hexdigest(), "sources": 9, "set": "harm", "split": "train"}
     toml.write_text("[[dataset]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in entry.items()))
     with pytest.raises(FetchError, match=says):
-        fetch("harm", home, sets=catalog(toml))
+        fetch_dataset("harm", home, sets=dataset_catalog(toml))
     assert left(home / "data") == [f"harm/archives/{name}"]
     assert not list(home.parent.glob("**/evil*")) and not Path("/tmp/srsys-evil.png").exists()
 
 
 def test_a_link_in_a_zip(tmp_path):
-    from srsys.fetch import unpack
+    from srsys.files import unpack
     link = zipfile.ZipInfo("link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as file:
@@ -281,13 +281,13 @@ def test_strangers_are_not_taken_for_a_benchmark_and_copies_are_found():
     if not SHARED.is_dir():
         pytest.skip("needs the pictures for development, ../shared/data")
     benchmark = {p: read_grey(p) for p in sorted((SHARED / "bench/BSD100").iterdir())[::20]}
-    library, rng = library_of(benchmark), np.random.default_rng(0)
+    library, rng = build_index(benchmark), np.random.default_rng(0)
     for collection, every in (("BSD400", 40), ("T91", 18), ("SunHays80", 40)):
         for path in sorted((SHARED / "train" / collection).iterdir())[::every]:
-            assert not find(library, read_grey(path)), path
+            assert not find_copies(library, read_grey(path)), path
     for path in benchmark:
         picture = Image.open(path).convert("RGB")
         x, y = (int(rng.integers(n - 159)) for n in picture.size)
         piece = picture.crop((x, y, x + 160, y + 160)).resize((144, 144), Image.Resampling.BICUBIC)
-        found = find(library, np.asarray(Image.open(io.BytesIO(png(np.asarray(piece), "JPEG"))).convert("L"), np.float32))
+        found = find_copies(library, np.asarray(Image.open(io.BytesIO(png(np.asarray(piece), "JPEG"))).convert("L"), np.float32))
         assert [copy.name for copy in found] == [path], path

@@ -11,29 +11,30 @@ import pytest
 import torch
 from skimage import data
 
-from srsys import models, recipes
-from srsys.degrade import bicubic
+from srsys.models import weights
+from srsys.train import configs
+from srsys.degrade.operations import bicubic_downscale
 from srsys.image import Picture, encode_picture, open_picture
-from srsys.registry import Store, register, resolve
-from srsys.restore import Restorer
-from srsys.tiles import InMemory
-from srsys.train import Watch, fit, make_fabric, set_up, validation_pairs
+from srsys.registry.store import Store, register, resolve
+from srsys.restore.restorer import Restorer
+from srsys.data.patches import InMemoryPatches
+from srsys.train.loop import TrainingProgress, fit, make_fabric, set_up_run, validation_pairs
 
 REAL = Path(__file__).resolve().parents[3] / "shared/weights/realesr-general-x4v3.from_ncnn_fp16.pth"
 KINDS = {  # the recipe, and under which key its authors keep the weights
-    "swinir-m-x4": (recipes.swinir_m(), "params"),
-    "swinir-light-x4": (recipes.swinir_light(), "params"),
-    "esrgan-psnr-x4": (recipes.esrgan_psnr(), "params_ema"),
-    "compact": (replace(recipes.photo_x4(), network=recipes.Compact(64, 32, width=0)), "params"),
+    "swinir-m-x4": (configs.swinir_m(), "params"),
+    "swinir-light-x4": (configs.swinir_light(), "params"),
+    "esrgan-psnr-x4": (configs.esrgan_psnr(), "params_ema"),
+    "compact": (replace(configs.photo_x4(), network=configs.Compact(64, 32, width=0)), "params"),
 }
 
 
 @pytest.fixture(scope="module")
 def album():
-    return InMemory([data.astronaut(), data.coffee(), data.chelsea()])
+    return InMemoryPatches([data.astronaut(), data.coffee(), data.chelsea()])
 
 
-class Losses(Watch):
+class Losses(TrainingProgress):
     def __init__(self): self.curve = []
     def step(self, step, losses): self.curve.append(losses["l1"])
 
@@ -59,21 +60,21 @@ def home(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_fine_tuned_and_registered(kind, album, home, tmp_path):
     path, picture = checkpoint_of(kind, tmp_path), Picture(data.astronaut()[:24, :32])
-    with pytest.raises(models.WeightsError, match="--trust"): models.load(path)
-    start = models.load(path, trust=True)
+    with pytest.raises(weights.WeightsError, match="--trust"): weights.load(path)
+    start = weights.load(path, trust=True)
     assert start.scale == 4 and Restorer(start, "cpu", "float32").restore(picture).pixels.shape == (96, 128, 3)
 
     config = replace(KINDS[kind][0], name=f"{kind}-tuned", steps=20, batch=2, patch=16, lr=1e-4, halve_at=(), recipe=None, start=str(path), precision="32-true", validate_every=20)
-    run, seen = set_up(config, make_fabric(config, "cpu"), start), Losses()
+    run, seen = set_up_run(config, make_fabric(config, "cpu"), start), Losses()
     fit(run, album, validation_pairs([data.chelsea()[:96, :96]], config), tmp_path / "run.ckpt", seen)
     assert len(seen.curve) == 20 and np.mean(seen.curve[-5:]) < np.mean(seen.curve[:5]), seen.curve
 
     best = config.network.build(4)
     best.load_state_dict(run.state["best_weights"])
-    models.save(best, recipes.card_of(config, 20, album.digest, {}), tuned := tmp_path / f"{kind}-tuned.safetensors")
-    again = models.load(tuned)
+    weights.save(best, configs.make_card(config, 20, album.digest, {}), tuned := tmp_path / f"{kind}-tuned.safetensors")
+    again = weights.load(tuned)
     assert again.architecture == start.architecture and again.parameters == start.parameters
-    lr = torch.from_numpy(bicubic(data.astronaut()[:64, :64], 4)).permute(2, 0, 1)[None] / 255
+    lr = torch.from_numpy(bicubic_downscale(data.astronaut()[:64, :64], 4)).permute(2, 0, 1)[None] / 255
     with torch.inference_mode(): assert torch.allclose(again.net(lr), best.eval()(lr), atol=1e-5)
     version = register(Store(home), tuned)
     assert resolve(f"{kind}-tuned", Store(home)).label == version.label == f"srsys-{kind}-tuned/1"

@@ -16,12 +16,13 @@ from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
 
-from srsys import foreign, models, recipes
-from srsys.cli import main
-from srsys.fetch import sha256
+from srsys.models import external, weights
+from srsys.train import configs
+from srsys.cli.main import main
+from srsys.files import sha256
 from srsys.image import Picture, open_picture
-from srsys.registry import Store, register_shipped, resolve
-from srsys.restore import Restorer
+from srsys.registry.store import Store, register_shipped, resolve
+from srsys.restore.restorer import Restorer
 
 pytestmark = pytest.mark.timeout(600)  # sixty-seven megabytes each, on a machine that may be busy
 SMALL = np.ascontiguousarray(data.astronaut()[60:80, 200:224])
@@ -43,9 +44,9 @@ def checkpoints(tmp_path_factory):
     "Files as the authors publish them, by the name of the model."
     folder = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
-    made = {"swinir-m-x4": {"params": foreign.swinir(4).state_dict()},
-            "swinir-light-x2": {"params": recipes.swinir_light(2).network.build(2).state_dict()},
-            "rrdbnet-x4": {"params_ema": as_real_esrgan(foreign.rrdbnet(4).state_dict())}}
+    made = {"swinir-m-x4": {"params": external.swinir(4).state_dict()},
+            "swinir-light-x2": {"params": configs.swinir_light(2).network.build(2).state_dict()},
+            "rrdbnet-x4": {"params_ema": as_real_esrgan(external.rrdbnet(4).state_dict())}}
     for name, content in made.items():
         torch.save(content, folder / f"{name}.pth")
     return {name: folder / f"{name}.pth" for name in made} | ({"realesr-x4": REAL} if REAL.exists() else {})
@@ -55,7 +56,7 @@ def checkpoints(tmp_path_factory):
 def converted(checkpoints, tmp_path_factory):
     "The same as safetensors with a card."
     folder = tmp_path_factory.mktemp("ours")
-    return {name: foreign.convert(path, folder, name, trust=True) for name, path in checkpoints.items()}
+    return {name: external.convert_checkpoint(path, folder, name, trust=True) for name, path in checkpoints.items()}
 
 
 @pytest.mark.parametrize("name, parameters, block", [("swinir-m-x4", 11_900_199, 16), ("swinir-light-x2", 910_152, 16), ("rrdbnet-x4", 16_697_987, 2), ("realesr-x4", 1_213_296, 1)])
@@ -63,9 +64,9 @@ def test_a_checkpoint_is_refused_then_trusted_restores_and_is_the_same_in_our_ki
     if name not in checkpoints:
         pytest.skip(f"needs {REAL.name} among the shared weights")
     path = checkpoints[name]
-    with pytest.raises(models.WeightsError, match=f"--trust {sha256(path)}"):
-        models.load(path)
-    model, again = models.load(path, trust=sha256(path)), models.load(converted[name])
+    with pytest.raises(weights.WeightsError, match=f"--trust {sha256(path)}"):
+        weights.load(path)
+    model, again = weights.load(path, trust=sha256(path)), weights.load(converted[name])
     assert (model.parameters, model.multiple_of, f"x{model.scale}") == (parameters, block, name.rpartition("-")[2])
     results = [Restorer(each, "cpu", "float32").restore(Picture(SMALL)).pixels for each in (model, again)]
     assert results[0].shape == (20 * model.scale, 24 * model.scale, 3) and np.array_equal(*results)
@@ -73,16 +74,16 @@ def test_a_checkpoint_is_refused_then_trusted_restores_and_is_the_same_in_our_ki
 
 
 def test_the_authors_names_are_kept(converted):
-    keys = {name: set(models.read(path)[0]) for name, path in converted.items()}
+    keys = {name: set(weights.read_weights(path)[0]) for name, path in converted.items()}
     assert len(keys["rrdbnet-x4"]) == 702 and "body.22.rdb3.conv5.bias" in keys["rrdbnet-x4"] and "conv_up2.weight" in keys["rrdbnet-x4"]
     assert "layers.5.residual_group.blocks.5.attn.relative_position_bias_table" in keys["swinir-m-x4"] and "conv_before_upsample.0.weight" in keys["swinir-m-x4"]
     assert "upsample.0.weight" in keys["swinir-light-x2"] and "conv_last.weight" not in keys["swinir-light-x2"]
 
 
 def test_a_checkpoint_of_another_size_is_told_in_a_few_lines(checkpoints):
-    content = models.read(checkpoints["swinir-light-x2"], trust=True)[0]
-    with pytest.raises(models.WeightsError) as told:
-        foreign.initialise(foreign.swinir(2), content, "theirs.pth")
+    content = weights.read_weights(checkpoints["swinir-light-x2"], trust=True)[0]
+    with pytest.raises(weights.WeightsError) as told:
+        external.initialise_from(external.swinir(2), content, "theirs.pth")
     lines = str(told.value).splitlines()
     assert 3 < len(lines) <= 13 and "theirs.pth does not fit" in lines[0]
     assert any(re.search(r"another shape: conv_first\.weight, \(60, 3, 3, 3\) where \(180, 3, 3, 3\) is wanted", line) for line in lines)
@@ -121,7 +122,7 @@ def test_import_at_the_command_line(checkpoints, tmp_path):
     assert status == 1 and f"--trust {sha256(file)}" in said and len(said.splitlines()) == 1
     status, output, _ = run(tmp_path, "models", "import", file, "--trust", sha256(file), "--name", "mine-x2", "--terms", "CC0", "-o", tmp_path / "out")
     assert status == 0 and Path(output.strip()) == tmp_path / "out/mine-x2.safetensors"
-    card = models.load(tmp_path / "out/mine-x2.safetensors").card
+    card = weights.load(tmp_path / "out/mine-x2.safetensors").card
     assert (card.name, card.architecture, card.scale, card.terms) == ("mine-x2", "swinir", 2, "CC0")
     status, output, _ = run(tmp_path, "models", "show", tmp_path / "out/mine-x2.safetensors", "--json")
     assert json.loads(output)["parameters"] == 910_152

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srsys.console import Settings
+from srsys.cli.common import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"

@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from srsys import models
-from srsys.registry import Store, list_versions, register
+from srsys.models import weights
+from srsys.registry.store import Store, list_versions, register
 
 SCHEDULED = Path(__file__).resolve().parents[2] / "scheduled"
 
@@ -20,8 +20,9 @@ import fcntl, json, os, shutil, signal, sys
 from pathlib import Path
 import mlflow.artifacts, nbconvert, papermill
 from mlflow import MlflowClient
-from srsys import jobs, tracking
-from srsys.registry import Store, connect
+from srsys.jobs import runner
+from srsys.registry import tracking
+from srsys.registry.store import Store, connect_client
 
 def die_before(step, home):
     left = [step]
@@ -34,25 +35,25 @@ def die_before(step, home):
                 os.kill(os.getpid(), signal.SIGKILL)
             return do(*args, **options)
         return call
-    for owner, names in {fcntl: ["flock"], os: ["replace", "rename", "fsync"], jobs: ["_settle", "leave_signals"], Path: ["write_text"],
+    for owner, names in {fcntl: ["flock"], os: ["replace", "rename", "fsync"], runner: ["_settle", "write_job_metrics"], Path: ["write_text"],
                          MlflowClient: ["create_experiment", "create_run", "update_run", "set_tag", "log_batch", "log_artifact", "set_terminated"]}.items():
         for name in names:
             setattr(owner, name, counted(name, getattr(owner, name)))
-    jobs.httpx.post = counted("webhook", jobs.httpx.post)
+    runner.httpx.post = counted("webhook", runner.httpx.post)
 
 def do(home, notebook, values, at, stub):
     def told(address, json, **options):
         with open(Path(home, "told"), "a") as file:
             file.write(json["status"] + chr(10))
-        return jobs.httpx.Response(200, request=jobs.httpx.Request("POST", address))
-    jobs.httpx.post = told
+        return runner.httpx.Response(200, request=runner.httpx.Request("POST", address))
+    runner.httpx.post = told
     if stub:
-        jobs._execute = lambda job, *_: shutil.copy(stub, job["out"]) and ""
+        runner._execute = lambda job, *_: shutil.copy(stub, job["out"]) and ""
     if at is not None:
         die_before(at, home)
-    return jobs.run(Path(notebook), Path(home), values, Store(Path(home)), webhook="http://chat.invalid", patience=60, limit=600)
+    return runner.run_notebook(Path(notebook), Path(home), values, Store(Path(home)), webhook="http://chat.invalid", patience=60, limit=600)
 
-connect(Store(Path(sys.argv[1])))  # what MLflow imports on the way is there for all
+connect_client(Store(Path(sys.argv[1])))  # what MLflow imports on the way is there for all
 print("ready", flush=True)
 for line in sys.stdin:
     if not (child := os.fork()):
@@ -113,7 +114,7 @@ def killed_at(path, number, folder):
     return folder / path.name
 
 
-COUNT = "from srsys.jobs import conclude, headline", "headline()", "conclude(f'**Done**: {steps} steps.', steps=steps, drift={'noise': .2})"
+COUNT = "from srsys.jobs.runner import conclude, headline", "headline()", "conclude(f'**Done**: {steps} steps.', steps=steps, drift={'noise': .2})"
 
 
 def sound(home, said, notebook="count"):
@@ -179,7 +180,7 @@ def test_every_cell_of_every_scheduled_notebook(driver, processes_of, monkeypatc
     process, folder = driver
     home, kills = folder / "life", 0
     home.mkdir()
-    first = register(Store(home), test_story.worse(models.shipped()["fast-x4"], folder / "first.safetensors", .06, 0), status="passed")
+    first = register(Store(home), test_story.worse(weights.shipped_weights()["fast-x4"], folder / "first.safetensors", .06, 0), status="passed")
     test_story.fill(home / "data/inbox")
     for name, values in OPTIONS.items():
         path = SCHEDULED / f"{name}.ipynb"

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from srsys import models, registry
+from srsys.models import weights
+from srsys.registry import store
 from srsys.image import open_picture
 
 pytestmark = pytest.mark.timeout(900)
@@ -32,7 +33,7 @@ def look(event, args):
         if open(args[0], "rb").read(100).startswith({POISON!r}):
             os.abort()
         looking.clear()
-if "srsys import workers" in sys.orig_argv[-2]:
+if "srsys.serve import worker_pool" in sys.orig_argv[-2]:
     sys.addaudithook(look)
 """
 
@@ -66,11 +67,11 @@ def eventually(happened, seconds=120):
 
 def version_of(level, folder):
     "Weights that add a number of levels to every pixel and do nothing else."
-    net = models.Compact(2, features=4, convs=1)
+    net = weights.CompactNet(2, features=4, convs=1)
     net.body[-1].weight.data.zero_()
     net.body[-1].bias.data.fill_(level / 255)
     path = folder / f"{level}.safetensors"
-    models.save(net, models.Card(name=NAME, architecture="compact", scale=2), path)
+    weights.save(net, weights.Card(name=NAME, architecture="compact", scale=2), path)
     return path
 
 
@@ -84,7 +85,7 @@ def workers_of(running):
     "Those processes of the server that read and write files."
     for child in psutil.Process(running.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it may just have ended
-            if "srsys import workers" in " ".join(child.cmdline()):
+            if "srsys.serve import worker_pool" in " ".join(child.cmdline()):
                 yield child
 
 
@@ -92,10 +93,10 @@ def workers_of(running):
 def loaded(tmp_path_factory, serve_long):
     "A server of this file's own, and its registry."
     home = tmp_path_factory.mktemp("loaded")
-    registry.register(registry.Store(home), version_of(0, home))
+    store.register(store.Store(home), version_of(0, home))
     (hole := tmp_path_factory.mktemp("hole")).joinpath("sitecustomize.py").write_text(HOLE)
     running = serve_long(home, PYTHONPATH=os.pathsep.join([str(hole), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
-    running.home, running.store = home, registry.Store(home)
+    running.home, running.store = home, store.Store(home)
     return running
 
 
@@ -137,7 +138,7 @@ def test_thumbnails_pass_the_large_and_those_who_go_away_free_their_places(loade
 
 def swap_under_load(running, requests, swaps, people_count=8):
     "Requests of many people while the champion changes; the number of answers by version, and the versions that were registered."
-    levels = {f"srsys-{NAME}/{v.version}": None for v in registry.list_versions(running.store, f"srsys-{NAME}")}
+    levels = {f"srsys-{NAME}/{v.version}": None for v in store.list_versions(running.store, f"srsys-{NAME}")}
     levels[f"srsys-{NAME}/1"], seen, changed = 0, [], threading.Event()
     counter, content, nudge = itertools.count(), png(PHOTO), running.metrics.replace("/metrics", "/nudge")
 
@@ -156,10 +157,10 @@ def swap_under_load(running, requests, swaps, people_count=8):
         working = [people.submit(work, client) for _ in range(people_count)]
         try:
             for turn in range(1, swaps + 1):
-                version = registry.register(running.store, version_of(4 * turn, running.home))
+                version = store.register(running.store, version_of(4 * turn, running.home))
                 levels[version.label] = 4 * turn
                 if turn == swaps // 2:  # this one is corrupt
-                    registry.weights_file(running.store, version).write_bytes(b"half a file")
+                    store.weights_file(running.store, version).write_bytes(b"half a file")
                     httpx.post(nudge)
                     eventually(lambda label=version.label: label in serves()["refused"])
                     assert serves()["models"][NAME] != version.label
@@ -240,9 +241,9 @@ def test_sigterm_under_load_ends_in_order_and_leaves_no_child(loaded):
 
 @pytest.mark.slow
 def test_a_thousand_requests_across_five_swaps(tmp_path, serve):
-    registry.register(registry.Store(tmp_path), version_of(0, tmp_path))
+    store.register(store.Store(tmp_path), version_of(0, tmp_path))
     running = serve(tmp_path)
-    running.home, running.store = tmp_path, registry.Store(tmp_path)
+    running.home, running.store = tmp_path, store.Store(tmp_path)
     print(check_swaps(*swap_under_load(running, 1000, 5, 32), 1000))
 
 

@@ -18,10 +18,12 @@ import yaml
 from PIL import Image
 from skimage import data
 
-from srsys import app, serve, signals
-from srsys.dashboards import MODELS, SERVICE
-from srsys.engine import Engine, Table
-from srsys.timetable import read_timetable
+from srsys.serve import page, api
+from srsys.monitor import telemetry
+from srsys.monitor.dashboards import MODELS, SERVICE
+from srsys.serve.engine import Engine
+from srsys.serve.model_table import ModelTable
+from srsys.jobs.timetable import read_timetable
 
 pytestmark = pytest.mark.timeout(600)
 MONITORING = Path(__file__).resolve().parents[2] / "docker/monitoring"
@@ -127,7 +129,7 @@ def watched(system_package, started, served, tmp_path):
 @pytest.fixture
 def left(served):
     "What jobs left: `etl` was here just now, `monitor` four hours ago, and then it found that the noise had drifted."
-    files = [signals.leave_signals(served.home / "metrics", "etl"), signals.leave_signals(served.home / "metrics", "monitor", {"noise": 0.4}, time.time() - 4 * 3600)]
+    files = [telemetry.write_job_metrics(served.home / "metrics", "etl"), telemetry.write_job_metrics(served.home / "metrics", "monitor", {"noise": 0.4}, time.time() - 4 * 3600)]
     yield
     for file in files:
         file.unlink()
@@ -152,24 +154,24 @@ def test_prometheus_sees_what_the_dashboards_show_and_drift_reaches_the_server_a
         raise AssertionError(f"nothing to draw for {missing}") from None
     [stale] = wait_for(lambda: watched('ALERTS{alertname="SrsysJobStale", alertstate="firing"}'))
     assert stale["metric"]["job"] == "monitor" and not watched('ALERTS{alertname=~"SrsysDown|SrsysModelAbsent|SrsysNoChampion|SrsysQueueFilling"}')
-    [asking] = wait_for(lambda: signals.firing_alerts(served.home / "alerts.db"))
+    [asking] = wait_for(lambda: telemetry.firing_alerts(served.home / "alerts.db"))
     assert asking.name == "SrsysDrift" and "noise, D = 0.40" in asking.summary
 
 
 def test_the_log_is_json_and_tells_no_names(tmp_path):
     "Requests that succeed, that are refused, and one that meets a mistake of ours; each line with the id that its answer has."
     before, written, stop = (logging.root.handlers[:], logging.root.level), io.StringIO(), threading.Event()
-    engine = Engine(lambda: Table(broken={"photo-x4": "lost"}))
-    claimed = app.claim_port("127.0.0.1", 0, "--port")
+    engine = Engine(lambda: ModelTable(broken={"photo-x4": "lost"}))
+    claimed = page.bind_port("127.0.0.1", 0, "--port")
     address = "http://{}:{}".format(*claimed.getsockname())
-    signals.set_up_logs("json", written)
-    server = threading.Thread(target=app.Server(serve.create_app(engine, tmp_path / "feedback.db"), engine, stop).run, args=[[claimed]])
+    telemetry.configure_logging("json", written)
+    server = threading.Thread(target=page.DrainingServer(api.create_api(engine, tmp_path / "feedback.db"), engine, stop).run, args=[[claimed]])
     server.start()
     try:
         wait_for(lambda: engine.table)
         answers = [httpx.get(f"{address}/v1/models"), httpx.get(f"{address}/livez"),
                    httpx.post(f"{address}/v1/restore", files={"file": ("grandmother.jpg", b"not a picture, sent from 52.5200 N 13.4050 E")})]
-        engine.table = Table(served={"photo-x4": (None, None)})
+        engine.table = ModelTable(served={"photo-x4": (None, None)})
         answers.append(httpx.get(f"{address}/v1/models"))
     finally:
         stop.set()

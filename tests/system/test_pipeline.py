@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from srsys.models import shipped
-from srsys.registry import Store, register
+from srsys.models.weights import shipped_weights
+from srsys.registry.store import Store, register
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = yaml.safe_load((ROOT / ".gitlab-ci.yml").read_text())
@@ -55,10 +55,10 @@ def test_the_report_says_what_failed_and_what_is_missing(tmp_path):
 
 def test_the_gate_lets_a_pipeline_through_that_has_no_challenger(home, tmp_path):
     judge = run_script(".ci/gate.py")["judge"]
-    register(Store(home), shipped()["fast-x4"])
+    register(Store(home), shipped_weights()["fast-x4"])
     assert judge("fast-x4", tmp_path / "gate.md") == 0
     assert (tmp_path / "gate.md").read_text() == "srsys-fast-x4 has no challenger: nothing to judge.\n"
-    register(Store(home), shipped()["fast-x4"], alias="challenger")
+    register(Store(home), shipped_weights()["fast-x4"], alias="challenger")
     with pytest.raises((OSError, ValueError, RuntimeError)):  # and stops one whose challenger was not measured
         judge("fast-x4", tmp_path / "gate.md")
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from srsys import models
-from srsys.gate import Decision, Gain, Reason
-from srsys.promotion import promote, propose, rollback
-from srsys.registry import Store, connect, list_versions, register, resolve
+from srsys.models import weights
+from srsys.registry.gating import Decision, Gain, GateReason
+from srsys.registry.promotion import promote, register_challenger, rollback
+from srsys.registry.store import Store, connect_client, list_versions, register, resolve
 
 # Imports once and forks for each job: what is killed is a real process, and what it had open dies with it.
 DRIVER = """
@@ -18,9 +18,9 @@ import json, os, signal, sys
 from pathlib import Path
 import mlflow.artifacts
 from mlflow import MlflowClient
-from srsys.gate import Decision
-from srsys.promotion import promote, rollback
-from srsys.registry import Store, resolve
+from srsys.registry.gating import Decision
+from srsys.registry.promotion import promote, rollback
+from srsys.registry.store import Store, resolve
 
 def die_before(write):
     left = [write]
@@ -67,14 +67,14 @@ def template(tmp_path_factory):
         torch.manual_seed(seed)
         path = folder / f"{seed}" / "fern-x2.safetensors"
         path.parent.mkdir()
-        models.save(models.Compact(2, features=4, convs=1), models.Card("fern-x2", "compact", 2), path)
+        weights.save(weights.CompactNet(2, features=4, convs=1), weights.Card("fern-x2", "compact", 2), path)
         return path
 
     store = Store(folder / "home")
     register(store, tiny(1))
-    two, three = (propose(store, tiny(seed)) for seed in (2, 3))
+    two, three = (register_challenger(store, tiny(seed)) for seed in (2, 3))
     one = list_versions(store)[0]
-    yes = {v.version: Decision(v.label, one.label, v.sha256, one.sha256, Gain(.1, .05, .15, 60), (Reason("gain", True, "+0.1 dB"),)) for v in (two, three)}
+    yes = {v.version: Decision(v.label, one.label, v.sha256, one.sha256, Gain(.1, .05, .15, 60), (GateReason("gain", True, "+0.1 dB"),)) for v in (two, three)}
     promoted = Store(folder / "promoted")
     promoted.home.mkdir()
     shutil.copy(store.home / "mlflow.db", promoted.home)
@@ -135,9 +135,9 @@ def test_two_processes_promote_at_once(template, ends):
 def test_what_the_gate_did_not_pass_is_not_served(template):
     "Somebody moves the alias by hand, in MLflow's own pages: the rule is looked at again where the weights are read."
     store = Store(template[0] / "home")
-    connect(store).set_registered_model_alias("srsys-fern-x2", "champion", "2")
+    connect_client(store).set_registered_model_alias("srsys-fern-x2", "champion", "2")
     try:
         with pytest.raises(RuntimeError, match="gate status is 'missing': not served"):
             resolve("fern-x2", store)
     finally:
-        connect(store).set_registered_model_alias("srsys-fern-x2", "champion", "1")
+        connect_client(store).set_registered_model_alias("srsys-fern-x2", "champion", "1")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from srsys.jobs import parameters
-from srsys.timetable import read_timetable
+from srsys.jobs.runner import read_parameters
+from srsys.jobs.timetable import read_timetable
 
 ROOT = Path(__file__).resolve().parents[2]
 SRSYS = Path(sys.executable).with_name("srsys")
@@ -22,7 +22,7 @@ NOTEBOOKS = sorted(ROOT.glob("scheduled/*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_scheduled_notebook_only_calls(path):
     "Its parameters are still tagged, it has a headline and a conclusion, and nothing is defined or stored in it."
-    assert parameters(path)
+    assert read_parameters(path)
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     sources = ["".join(cell["source"]) for cell in cells]
     assert "headline()" in sources[0] and "conclude(" in sources[-1]

@@ -20,8 +20,8 @@ from PIL import Image
 from skimage import data
 
 from srsys.image import open_picture
-from srsys.models import shipped
-from srsys.registry import Store, list_versions
+from srsys.models.weights import shipped_weights
+from srsys.registry.store import Store, list_versions
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -63,7 +63,7 @@ def test_a_picture_comes_back_and_says_who_made_it(served):
     assert (answer.status_code, picture.width, picture.height) == (200, 480, 360)
     assert answer.headers["x-model-version"] == "srsys-fast-x4/1" and float(answer.headers["x-consistency-db"]) > 25
     assert answer.headers["content-type"] == "image/webp" and "infer;dur=" in answer.headers["server-timing"]
-    assert {m["name"] for m in httpx.get(served.page + "/v1/models").json()["models"]} == set(shipped())
+    assert {m["name"] for m in httpx.get(served.page + "/v1/models").json()["models"]} == set(shipped_weights())
 
 
 @pytest.mark.parametrize("status, content, fields", [
@@ -139,7 +139,7 @@ def test_killed_and_started_again_it_still_has_its_registry(serve, tmp_path):
     first = serve(tmp_path, "--mlflow-port", free_port())
     eventually(lambda: not is_free(first.mlflow), 200)
     before = list_versions(Store(tmp_path))
-    assert [v.label for v in before] == [f"srsys-{name}/1" for name in shipped()]
+    assert [v.label for v in before] == [f"srsys-{name}/1" for name in shipped_weights()]
     assert all(v.aliases == ("champion",) and v.status == "bootstrap" for v in before)
     children = psutil.Process(first.process.pid).children(recursive=True)
     first.end(signal.SIGKILL)
@@ -156,15 +156,15 @@ def test_killed_and_started_again_it_still_has_its_registry(serve, tmp_path):
 
 
 def test_a_taken_port_is_one_line(served):
-    command = [sys.executable, "-c", "from srsys.cli import main; main()", "serve", "--port", str(urlsplit(served.page).port)]
+    command = [sys.executable, "-c", "from srsys.cli.main import main; main()", "serve", "--port", str(urlsplit(served.page).port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "--port" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_two_that_start_together_register_each_model_once(tmp_path):
-    code = f"from srsys.registry import Store, register_shipped; register_shipped(Store({str(tmp_path)!r}))"
+    code = f"from srsys.registry.store import Store, register_shipped; register_shipped(Store({str(tmp_path)!r}))"
     both = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for one in both:
         _, said = one.communicate(timeout=200)
         assert one.returncode == 0 and said == "", said
-    assert [v.version for v in list_versions(Store(tmp_path))] == [1]*len(shipped())
+    assert [v.version for v in list_versions(Store(tmp_path))] == [1]*len(shipped_weights())

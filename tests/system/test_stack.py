@@ -18,13 +18,13 @@ import yaml
 from PIL import Image
 from skimage import data
 
-from srsys import tracking
-from srsys.gate import Decision, Reason
-from srsys.models import shipped
-from srsys.promotion import promote, propose
-from srsys.recipes import Compact, TrainConfig
-from srsys.registry import Store, champions
-from srsys.train import train
+from srsys.registry import tracking
+from srsys.registry.gating import Decision, GateReason
+from srsys.models.weights import shipped_weights
+from srsys.registry.promotion import promote, register_challenger
+from srsys.train.configs import Compact, TrainConfig
+from srsys.registry.store import Store, list_champions
+from srsys.train.loop import train
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,7 @@ def train_small(store, folder):
     (folder / "Photos").mkdir()
     for i in range(5):
         Image.fromarray(data.astronaut()[i * 96:i * 96 + 96, 100:196]).save(folder / f"Photos/{i}.png")
-    with tracking.run(store, "srsys-training", config.name, config.settings()) as track:
+    with tracking.track_run(store, "srsys-training", config.name, config.settings()) as track:
         path = train(config, folder, folder, accelerator="cpu")
         track.file(path)
     assert track.client, "MLflow took it"
@@ -158,9 +158,9 @@ def test_trained_registered_promoted_served_and_still_served_after_everything_wa
     stack.up()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address := stack.environment()["MLFLOW_TRACKING_URI"])
     store = Store(home, address)
-    version = propose(store, train_small(store, tmp_path))
+    version = register_challenger(store, train_small(store, tmp_path))
     assert version.aliases == ("challenger",)
-    first = Decision(version.label, None, version.sha256, None, None, (Reason("trust", True, "two steps of training are judged by nobody"),))
+    first = Decision(version.label, None, version.sha256, None, None, (GateReason("trust", True, "two steps of training are judged by nobody"),))
     assert promote(store, version.name, first).aliases == ("champion",)
     running = serve(tmp_path / "first")
     made_by, picture = restored(running)
@@ -168,13 +168,13 @@ def test_trained_registered_promoted_served_and_still_served_after_everything_wa
     assert running.end(signal.SIGTERM) == 0
 
     keys = {item["Key"].rsplit("/", 1)[1] for item in stack.s3().list_objects_v2(Bucket="srsys")["Contents"]}
-    assert {"small-x2.safetensors", *(f"{name}.safetensors" for name in shipped())} <= keys, "weights lie in the bucket"
+    assert {"small-x2.safetensors", *(f"{name}.safetensors" for name in shipped_weights())} <= keys, "weights lie in the bucket"
     assert {"decision.md", "decision.json"} <= keys, "and why they were promoted"
     stack.down()
     stack.up()
     running = serve(tmp_path / "second")  # a machine that has nothing yet
     assert restored(running) == (made_by, picture)
     served = {model["name"]: model["version"] for model in httpx.get(running.page + "/v1/models").json()["models"]}
-    assert served == {name.removeprefix("srsys-"): v.label for name, v in ((v.name, v) for v in champions(store).values())}
+    assert served == {name.removeprefix("srsys-"): v.label for name, v in ((v.name, v) for v in list_champions(store).values())}
     assert all(version.endswith("/1") for version in served.values()), "and nothing was registered twice"
     assert running.end(signal.SIGTERM) == 0

@@ -18,9 +18,12 @@ import pytest
 import torch
 from skimage import data
 
-from srsys import jobs, keeper, models, promotion
+from srsys.jobs import runner
+from srsys.serve import mlflow_server
+from srsys.models import weights
+from srsys.registry import promotion
 from srsys.image import Picture, encode_picture, save_picture
-from srsys.registry import Store, list_versions, register
+from srsys.registry.store import Store, list_versions, register
 
 pytestmark = pytest.mark.timeout(900)  # a minute for each database on an idle machine
 SRSYS, SCHEDULED = Path(sys.executable).with_name("srsys"), Path(__file__).resolve().parents[2] / "scheduled"
@@ -80,8 +83,8 @@ def mlflow(request, tmp_path, monkeypatch):
     "MLflow's server on a database of that kind: its address, which the environment has too."
     database = request.getfixturevalue("postgres")() if request.param == "postgresql" else f"sqlite:///{tmp_path}/server.db"
     (tmp_path / "server").mkdir()
-    command = keeper.mlflow_command(Store(tmp_path / "server", database), "127.0.0.1", port := free_port())
-    server = keeper.start_kept(command, tmp_path / "mlflow.log")
+    command = mlflow_server.mlflow_command(Store(tmp_path / "server", database), "127.0.0.1", port := free_port())
+    server = mlflow_server.start_child_process(command, tmp_path / "mlflow.log")
     try:
         until(lambda: answers(f"http://127.0.0.1:{port}/health") or server.poll() is not None)
         assert server.poll() is None, (tmp_path / "mlflow.log").read_text()
@@ -94,11 +97,11 @@ def mlflow(request, tmp_path, monkeypatch):
 
 def worse(path, out, noise, seed):
     "Weights with noise upon them, as a file of their own."
-    model, rng = models.load(path), torch.Generator().manual_seed(seed)
+    model, rng = weights.load(path), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.net.parameters():
             weight += noise * weight.std().nan_to_num(0) * torch.randn(weight.shape, generator=rng)
-    models.save(model.net, replace(model.card, notes=f"noise {noise}"), out)
+    weights.save(model.net, replace(model.card, notes=f"noise {noise}"), out)
     return out
 
 
@@ -117,12 +120,12 @@ def fill(inbox):
 def test_the_life_of_a_model(mlflow, home, serve, tmp_path, monkeypatch):
     monkeypatch.setenv("SRSYS_POLL", "3")
     store = Store(home, mlflow)
-    first = register(store, worse(models.shipped()["fast-x4"], tmp_path / "first.safetensors", .12, 0), status="passed")
+    first = register(store, worse(weights.shipped_weights()["fast-x4"], tmp_path / "first.safetensors", .12, 0), status="passed")
     fill(home / "data/inbox")
     app = serve(home, within=600)
 
     def run(notebook):
-        return jobs.run(SCHEDULED / f"{notebook}.ipynb", home, STEPS[notebook], store, limit=600)
+        return runner.run_notebook(SCHEDULED / f"{notebook}.ipynb", home, STEPS[notebook], store, limit=600)
 
     def served():
         answer = httpx.post(app.page + "/v1/restore", files={"file": ("a.png", encode_picture(Picture(data.astronaut()[:24, :32])))}, data={"model": "fast-x4"}, timeout=240)
@@ -139,7 +142,7 @@ def test_the_life_of_a_model(mlflow, home, serve, tmp_path, monkeypatch):
     assert second.label == done["train"]["version"] and second != first
     until(lambda: served() == second.label)  # by the same process, which never stopped
 
-    third = promotion.propose(store, worse(models.shipped()["fast-x4"], tmp_path / "third.safetensors", .2, 1))
+    third = promotion.register_challenger(store, worse(weights.shipped_weights()["fast-x4"], tmp_path / "third.safetensors", .2, 1))
     judged, refused = run("evaluate"), run("promote")
     assert not judged.facts["accepted"] and refused.facts == {"accepted": False, "version": third.label, "status": "refused"}
     assert f"may not replace {second.label}" in refused.words and "gain on validation" in refused.words

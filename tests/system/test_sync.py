@@ -39,7 +39,7 @@ def files(folder, *patterns):
 
 
 def test_package_tests_and_readme_are_what_the_notebooks_make(copy):
-    kinds = "srsys/*.py", "tests/test_*.py", "README.md", "nbs/*.ipynb", "scheduled/*.ipynb"
+    kinds = "srsys/**/*.py", "tests/*/test_*.py", "tests/test_*.py", "README.md", "nbs/**/*.ipynb", "scheduled/*.ipynb"
     before = files(copy, *kinds)
     (copy / "srsys/stale.py").write_text("")
     (copy / "tests/test_stale.py").write_text("")
@@ -71,8 +71,9 @@ def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
 def test_the_pages_are_whole_and_ask_no_other_host(copy, browser):
     "Sphinx is strict here: a link that leads nowhere fails."
     subprocess.run([BIN / "python", "nbs/_pages/docs.py"], cwd=copy, check=True)
-    pages = sorted((copy / "_docs").glob("*.html"))
-    assert {page.stem for page in (copy / "nbs").glob("*.ipynb")} <= {page.stem for page in pages}
+    pages = sorted((copy / "_docs").glob("**/*.html"))
+    made = {page.relative_to(copy / "_docs").with_suffix("") for page in pages}
+    assert {page.relative_to(copy / "nbs").with_suffix("") for page in (copy / "nbs").glob("**/[!.]*.ipynb")} <= made
     tab, asked = browser.new_page(), []
     tab.on("request", lambda request: asked.append(request.url))
     for page in pages:

@@ -4,8 +4,8 @@ import pytest
 from skimage import data
 
 from srsys.image import Picture
-from srsys.models import load, shipped
-from srsys.restore import Restorer
+from srsys.models.weights import load, shipped_weights
+from srsys.restore.restorer import Restorer
 
 #        height, width, channels, depth, scale (None: the model's), tile
 CASES = [(1, 1, 3, 8, None, 7), (1, 1, 4, 16, 1.5, 1), (1, 90, 2, 8, 3, 13), (47, 2, 1, 16, None, 5), (61, 83, 4, 8, None, 33),
@@ -26,10 +26,10 @@ def decibels(a, b):
 
 
 @pytest.mark.parametrize("height, width, channels, depth, scale, tile", CASES)
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", sorted(shipped_weights()))
 def test_tiled_equals_whole(name, height, width, channels, depth, scale, tile):
     "At most one level of 255 apart in float32, at least 48 dB in bfloat16."
-    model, picture = load(shipped()[name]), part(height, width, channels, depth)
+    model, picture = load(shipped_weights()[name]), part(height, width, channels, depth)
     whole = Restorer(model, "cpu", "float32").restore(picture, scale).pixels
     tiled = Restorer(model, "cpu", "float32", tile).restore(picture, scale).pixels
     wanted = scale or model.scale

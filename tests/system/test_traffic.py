@@ -1,24 +1,25 @@
 """Load through HTTP on the shipped fast-x4: as fast as the engine's own, and three times more than it can take. The exact figures are `make bench`'s."""
 import pytest
 
-from srsys import bench
-from srsys.engine import Ask, Engine, Limits
-from srsys.swap import load_table
-from srsys.traffic import SIZE, compare, make_form, overload, serving
+from srsys.evaluate import speed
+from srsys.serve.admission import RestoreRequest, ServerLimits
+from srsys.serve.engine import Engine
+from srsys.serve.model_table import load_table
+from srsys.serve.load_test import PICTURE_SIZE, compare_throughput, make_form, overload, running_server
 
 pytestmark = pytest.mark.timeout(1800)
 
 
 def loaded(folder, size, count, rounds):
     "The pace, what became of three times that, and how many pictures the device restored meanwhile."
-    content, table = bench.source(*size), load_table(None)
+    content, table = speed.benchmark_photo(*size), load_table(None)
     (source := folder / "a.jpg").write_bytes(content)
-    with serving(engine := Engine(lambda: table), folder) as port:
+    with running_server(engine := Engine(lambda: table), folder) as port:
         form = make_form(content, model="fast-x4", format="jpeg", quality="90")
-        pace = compare(engine, port, Ask(source, "a.jpg", "fast-x4", None, "jpeg", 90), form, count, rounds)
+        pace = compare_throughput(engine, port, RestoreRequest(source, "a.jpg", "fast-x4", None, "jpeg", 90), form, count, rounds)
         value = engine.metrics.registry.get_sample_value
         before = value("srsys_batch_size_sum")
-        seen = overload(port, form, pace.http, Limits(), count=2 * count)
+        seen = overload(port, form, pace.http, ServerLimits(), count=2 * count)
         print(pace, seen)
         return pace, seen, value("srsys_batch_size_sum") - before
 
@@ -31,5 +32,5 @@ def test_three_times_too_much_is_shed_and_who_is_taken_is_served_in_time(tmp_pat
 
 @pytest.mark.slow
 def test_through_http_it_is_as_fast_as_the_engine(tmp_path):
-    pace, seen, _ = loaded(tmp_path, SIZE, 60, 5)
+    pace, seen, _ = loaded(tmp_path, PICTURE_SIZE, 60, 5)
     assert pace.ratio >= 0.95 and seen.wait_p95 <= seen.deadline and seen.refused > 0 and seen.refusal_p95 < 0.05

@@ -20,18 +20,18 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from skimage import data
-from srsys.recipes import Compact, TrainConfig
-from srsys.tiles import InMemory
-from srsys.train import Watch, fit, make_fabric, set_up, validation_pairs
+from srsys.train.configs import Compact, TrainConfig
+from srsys.data.patches import InMemoryPatches
+from srsys.train.loop import TrainingProgress, fit, make_fabric, set_up_run, validation_pairs
 
 config = TrainConfig("pair", 2, Compact(8, 1, width=16), steps=8, batch=4, accumulate=2, patch=16, lr=5e-3, validate_every=4, precision="32-true")
 losses = []
 
-class Said(Watch):
+class Said(TrainingProgress):
     def step(self, step, found): losses.append(found["l1"])
 
 fabric = make_fabric(config, "cpu")
-fit(run := set_up(config, fabric), InMemory([data.astronaut()]), validation_pairs([data.chelsea()], config), Path(sys.argv[1])/"pair.ckpt", Said())
+fit(run := set_up_run(config, fabric), InMemoryPatches([data.astronaut()]), validation_pairs([data.chelsea()], config), Path(sys.argv[1])/"pair.ckpt", Said())
 weights = {k: v.double().sum().item() for k, v in run.ema.state_dict().items()}
 Path(sys.argv[1], f"rank{fabric.global_rank}.json").write_text(json.dumps({"losses": losses, "weights": weights, "world": fabric.world_size}))
 """
@@ -62,10 +62,13 @@ BARE = """
 import sys
 sys.modules.update({name: None for name in ("pyvips", "mlflow", "gradio", "fastapi", "typer", "papermill", "spandrel")})
 from dataclasses import replace
-from srsys import degrade, losses, metrics, models
-from srsys.chains import PhotoRecipe
-from srsys.recipes import Compact, fast_x2, photo_x4
-from srsys.train import train
+from srsys.degrade import operations
+from srsys.metrics import scores
+from srsys.models import weights
+from srsys.train import losses
+from srsys.degrade.recipes import PhotoRecipe
+from srsys.train.configs import Compact, fast_x2, photo_x4
+from srsys.train.loop import train
 small = replace(photo_x4(), start="", network=Compact(8, 1, width=16), steps=4, batch=2, patch=16, validate_every=4, shrink=(), holdout=(("Photos", 3),))
 print(train(small, sys.argv[1], sys.argv[2], accelerator="cpu"))
 """
@@ -84,16 +87,16 @@ def test_a_bare_gpu_node_trains(photographs, tmp_path):
     "Where only PyTorch, Fabric, NumPy and Pillow are: no pyvips, MLflow, spandrel, server or command line."
     done = subprocess.run([sys.executable, "-c", BARE, photographs, tmp_path / "out"], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    from srsys.models import load
+    from srsys.models.weights import load
     assert load(done.stdout.strip()).card.steps == 4
 
 
 def test_a_training_is_interrupted_and_goes_on(photographs, tmp_path):
     "On a terminal: a bar with the time left; Ctrl-C after some steps (of enough that they are not over by then), and the same command goes on after them."
     small = [SRSYS, "train", "fast-x4", "--data", photographs, "-o", tmp_path / "out", "--accelerator", "cpu", "--steps", "300"]
-    code = ("import sys; from dataclasses import replace; from srsys import recipes\n"
-            "recipes.CONFIGS['fast-x4'] = lambda: replace(recipes.fast_x4(), network=recipes.Compact(8, 1, width=16), batch=2, patch=16, shrink=(), holdout=(('Photos', 3),))\n"
-            "from srsys.cli import main; main(sys.argv[1:], prog_name='srsys')")
+    code = ("import sys; from dataclasses import replace; from srsys.train import configs\n"
+            "configs.CONFIGS['fast-x4'] = lambda: replace(configs.fast_x4(), network=configs.Compact(8, 1, width=16), batch=2, patch=16, shrink=(), holdout=(('Photos', 3),))\n"
+            "from srsys.cli.main import main; main(sys.argv[1:], prog_name='srsys')")
     command = [sys.executable, "-c", code, *map(str, small[1:])]
     terminal, inside = pty.openpty()
     heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
