@@ -43,6 +43,8 @@ airflow: .airflow/ready ## Airflow 3 in .airflow, an environment of its own, wit
 export: $(READY) ## package, tests, README and dashboards from the notebooks
 	$(BIN)/python tests/generate.py
 	$(BIN)/nbdev_export
+	$(BIN)/ruff check -q --fix --select I srsys tests
+	$(BIN)/ruff format -q srsys tests
 	$(BIN)/python nbs/_pages/readme.py
 	$(BIN)/python -c "from pathlib import Path; from srsys.monitor.dashboards import write_dashboards as w; w(Path('docker/monitoring/grafana/dashboards'))"
 
@@ -50,6 +52,8 @@ check: export ## what a commit must pass: exported, clean, linted
 	$(BIN)/nbdev_clean
 	@test ! -d scheduled || $(BIN)/nbdev_clean --fname scheduled
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 	git diff --exit-code
 
 train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DATA=pictures/

@@ -2,14 +2,15 @@
 
 A refusal is recorded in the registry; an acceptance waits for `srsys promote`, which a person starts.
 """
+
 import sys
 from pathlib import Path
 
 from srsys.cli.common import read_settings
+from srsys.evaluate.comparison import read_evidence
 from srsys.registry.gating import gate
 from srsys.registry.promotion import promote
 from srsys.registry.store import Store, list_versions
-from srsys.evaluate.comparison import read_evidence
 
 
 def judge(model: str, report: Path) -> int:

@@ -1,4 +1,5 @@
 """One page of Markdown for the merge request, of the files that CI's jobs left: `report.py junit.xml coverage.xml gate.md`."""
+
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -10,7 +11,9 @@ def tests(root) -> list[str]:
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
     seconds = sum(float(case.get("time", 0)) for case in cases)
-    lines = [f"**{len(cases) - len(failed) - len(skipped)} passed, {len(failed)} failed, {len(skipped)} skipped** in {seconds:.0f} s."]
+    lines = [
+        f"**{len(cases) - len(failed) - len(skipped)} passed, {len(failed)} failed, {len(skipped)} skipped** in {seconds:.0f} s."
+    ]
     return lines + [f"- `{case.get('classname')}::{case.get('name')}`" for case in failed]
 
 

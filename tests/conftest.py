@@ -1,4 +1,5 @@
 """What every test shares: plots that need no screen, a home of their own, and a plain word about what is missing."""
+
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ def pytest_runtest_setup(item):
         pytest.skip("slow: `make test SLOW=1` runs it")
     if item.get_closest_marker("gpu"):
         import torch
+
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
 
@@ -41,11 +43,13 @@ def figures():
 @pytest.fixture(scope="session")
 def system_package():
     "A program of the system's by name: its path, or a skip, which `.ci/run` turns into a failure."
+
     def find(program):
         if path := shutil.which(program):
             return path
         missing = pytest.fail if os.environ.get("REQUIRE_SYSTEM_PACKAGES") else pytest.skip
         return missing(f"needs the system package {program}")
+
     return find
 
 
@@ -53,7 +57,14 @@ def system_package():
 def browser(system_package):
     "A headless Chromium, as Playwright's `Browser`."
     from playwright.sync_api import sync_playwright
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+    flags = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=system_package("chromium"), args=flags)
         yield chromium

@@ -3,6 +3,7 @@
 All lessons of a `##` section become one test, which imports what it uses of the shipped module by name and shares with the
 others only what stands before the first `##`. A lesson tagged `#| slow` or `#| gpu` becomes a test of its own, marked so.
 """
+
 import ast
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ def plain(cell):
     lines = re.sub(r"^([%!]|#\s*\|).*$", "", cell.source, flags=re.M).split("\n")
     for node in ast.parse("\n".join(lines)).body:
         if "show_doc" in ast.unparse(node):
-            lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
     return "\n".join(lines).strip("\n")
 
 
@@ -42,14 +43,20 @@ def read(code):
 def imports(origins):
     "The import statements for pairs (from, import): one for each module that something comes from."
     sources = sorted({source for source, _ in origins if source})
-    return "".join([f"import {name}\n" for source, name in sorted(origins, key=str) if not source] + [
-        f"from {source} import {', '.join(sorted(n for s, n in origins if s == source))}\n" for source in sources])
+    return "".join(
+        [f"import {name}\n" for source, name in sorted(origins, key=str) if not source]
+        + [f"from {source} import {', '.join(sorted(n for s, n in origins if s == source))}\n" for source in sources]
+    )
 
 
 def indent(code):
     "Four spaces for each line, but not within a string that runs over several."
-    inside = {i for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Constant, ast.JoinedStr))
-              for i in range(n.lineno + 1, n.end_lineno + 1)}
+    inside = {
+        i
+        for n in ast.walk(ast.parse(code))
+        if isinstance(n, (ast.Constant, ast.JoinedStr))
+        for i in range(n.lineno + 1, n.end_lineno + 1)
+    }
     return "\n".join(line if not line or i in inside else "    " + line for i, line in enumerate(code.split("\n"), 1))
 
 
@@ -100,7 +107,9 @@ def main():
     modules = {ROOT / "srsys" / f"{module.replace('.', '/')}.py" for module in pages}
     for old in {path for path in ROOT.glob("tests/**/test_*.py") if path.parent.name != "system"} - tests.keys():
         old.unlink()
-    for old in {path for path in ROOT.glob("srsys/**/*.py") if path.parent != ROOT / "srsys" or not path.stem.startswith("_")} - modules:
+    for old in {
+        path for path in ROOT.glob("srsys/**/*.py") if path.parent != ROOT / "srsys" or not path.stem.startswith("_")
+    } - modules:
         if old.name != "__init__.py":
             old.unlink()
     for path, text in tests.items():

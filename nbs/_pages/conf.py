@@ -1,4 +1,5 @@
 """How Sphinx makes the pages. Nothing in them may ask another host."""
+
 from nbdev.config import get_config
 
 project = title = html_title = get_config().title

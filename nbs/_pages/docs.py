@@ -2,6 +2,7 @@
 
 Both live in nbs/_pages because nbdev passes over what begins with an underscore.
 """
+
 import itertools
 import json
 import os
@@ -17,7 +18,21 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("degrade", "metrics", "models", "data", "train", "restore", "evaluate", "registry", "monitor", "serve", "batch", "jobs", "cli")
+PACKAGES = (
+    "degrade",
+    "metrics",
+    "models",
+    "data",
+    "train",
+    "restore",
+    "evaluate",
+    "registry",
+    "monitor",
+    "serve",
+    "batch",
+    "jobs",
+    "cli",
+)
 
 
 def exported(notebook):
@@ -44,7 +59,11 @@ def described(cell, code=""):
     before, signature, after = re.split(r"```python\s+(.*?)\s+```", text, maxsplit=1, flags=re.S)
     signature = re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", signature)
     if line := re.search(rf"^class {name(cell)}\b.*:$", code, re.M):
-        signature = line[0] if "VAR_POSITIONAL" in signature else re.sub(r"\Adef (.*)\)(->None)?:\Z", r"class \1):", signature, flags=re.S)
+        signature = (
+            line[0]
+            if "VAR_POSITIONAL" in signature
+            else re.sub(r"\Adef (.*)\)(->None)?:\Z", r"class \1):", signature, flags=re.S)
+        )
     return f"{before.strip()}\n\n```python\n{signature}\n```\n\n{after.strip()}"
 
 
@@ -76,10 +95,17 @@ def folded(cells):
 def contents(page):
     "The hidden table of contents at the end of an index page: the packages in reading order, or the modules of one package."
     if page.parent.name == "_proc":
-        groups = [("Pictures and files", ["[0-9]*"])] + [("Packages", [f"{name}/index" for name in PACKAGES])] + [("Studies", ["studies/*"])]
+        groups = (
+            [("Pictures and files", ["[0-9]*"])]
+            + [("Packages", [f"{name}/index" for name in PACKAGES])]
+            + [("Studies", ["studies/*"])]
+        )
     else:
         groups = [("Modules", ["[0-9]*"])]
-    return "\n\n".join("```{toctree}\n:hidden:\n:glob:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```" for caption, pages in groups)
+    return "\n\n".join(
+        "```{toctree}\n:hidden:\n:glob:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```"
+        for caption, pages in groups
+    )
 
 
 def prepare(page, sources, homes):
@@ -88,7 +114,9 @@ def prepare(page, sources, homes):
     for code, group in itertools.groupby(nb.cells, key=lambda cell: sources.get(name(cell))):
         if code:
             fold = f"<details><summary>Source</summary>\n\n```python\n{code}\n```\n\n</details>"
-            cells.append(nbformat.v4.new_markdown_cell("\n\n".join([described(cell, code) for cell in group][::-1] + [fold])))
+            cells.append(
+                nbformat.v4.new_markdown_cell("\n\n".join([described(cell, code) for cell in group][::-1] + [fold]))
+            )
         else:
             cells += [converted(cell) for cell in group]
     cells = folded(cells)
@@ -116,8 +144,23 @@ def main():
     for page in pages:
         prepare(page, exported(ROOT / "nbs" / page.relative_to(proc)), homes)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", proc / ".doctrees",
-                    "-c", Path(__file__).parent, proc, ROOT / "_docs"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-q",
+            "-W",
+            "--keep-going",
+            "-d",
+            proc / ".doctrees",
+            "-c",
+            Path(__file__).parent,
+            proc,
+            ROOT / "_docs",
+        ],
+        check=True,
+    )
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)  # myst-nb's copies of the outputs, beside the pages
     print(f"{ROOT}/_docs/index.html")
 

@@ -1,4 +1,5 @@
 """README.md from nbs/index.ipynb: `#| hide` cells left out, `#| echo: false` cells by their output alone."""
+
 import posixpath
 import re
 from pathlib import Path

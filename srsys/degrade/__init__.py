@@ -9,7 +9,10 @@ __all__ = []
 import lazy_loader
 
 # %% ../../nbs/degrade/index.ipynb #public
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "operations": ["bicubic_downscale", "imresize"],
-    "recipes": ["BSRGANRecipe", "OldPhotoRecipe", "PhotoRecipe", "RealESRGANRecipe"],
-})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "resize": ["bicubic_downscale", "imresize"],
+        "recipes": ["BSRGANRecipe", "OldPhotoRecipe", "PhotoRecipe", "RealESRGANRecipe"],
+    },
+)

@@ -9,6 +9,9 @@ __all__ = []
 import lazy_loader
 
 # %% ../../nbs/metrics/index.ipynb #public
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "scores": ["Report", "Scores", "luma", "mean_scores", "psnr", "score_pair", "ssim"],
-})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "scores": ["Report", "Scores", "luma", "mean_scores", "psnr", "score_pair", "ssim"],
+    },
+)

@@ -9,7 +9,11 @@ __all__ = []
 import lazy_loader
 
 # %% ../../nbs/models/index.ipynb #public
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "external": ["convert_checkpoint", "fetch_checkpoint"],
-    "weights": ["Card", "CompactNet", "Model", "WeightsError", "load", "save", "shipped_weights"],
-})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "external": ["convert_checkpoint", "fetch_checkpoint"],
+        "networks": ["CompactNet"],
+        "weights": ["Card", "Model", "WeightsError", "load", "save", "shipped_weights"],
+    },
+)

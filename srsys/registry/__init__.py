@@ -9,7 +9,10 @@ __all__ = []
 import lazy_loader
 
 # %% ../../nbs/registry/index.ipynb #public
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "gating": ["Decision", "GateRules", "gate"],
-    "store": ["RegistryError", "Store", "resolve"],
-})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "gating": ["Decision", "GateRules", "gate"],
+        "store": ["RegistryError", "Store", "resolve"],
+    },
+)

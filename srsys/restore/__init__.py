@@ -9,6 +9,9 @@ __all__ = []
 import lazy_loader
 
 # %% ../../nbs/restore/index.ipynb #public
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "restorer": ["Cancelled", "RestoreError", "Restorer"],
-})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "restorer": ["Cancelled", "RestoreError", "Restorer"],
+    },
+)

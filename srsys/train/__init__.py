@@ -9,7 +9,10 @@ __all__ = []
 import lazy_loader
 
 # %% ../../nbs/train/index.ipynb #public
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "configs": ["CONFIGS", "TrainConfig"],
-    "loop": ["TrainError", "train"],
-})
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "configs": ["CONFIGS", "TrainConfig"],
+        "loop": ["TrainError", "train"],
+    },
+)

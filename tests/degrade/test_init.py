@@ -10,6 +10,6 @@ def test_public_names():
 
     # degrade/index.ipynb #public-lesson
     photo = data.astronaut()
-    small = imresize(photo, 1/4)
+    small = imresize(photo, 1 / 4)
     assert small.shape == (128, 128, 3) and small.dtype == photo.dtype
     small[::16, ::16, 0]

@@ -3,17 +3,19 @@ import logging
 import re
 import shutil
 import tempfile
-from pathlib import Path
-from srsys import files as fetch
-from srsys.models import weights as models
-from srsys.registry.store import RegistryError, Store, connect_client
 
 # registry/02_store.ipynb #lesson-imports
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import torch
 from safetensors.torch import save_file
+
+from srsys import files as fetch
+from srsys.models import weights as models
+from srsys.models.networks import CompactNet
+from srsys.registry.store import RegistryError, Store, connect_client
 
 # registry/02_store.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
@@ -23,9 +25,20 @@ template = Path(lesson_home.name) / "template"
 def tiny(name, seed=0, scale=2):
     "Write an untrained network of a few hundred numbers, with a card, to NAME.safetensors; return its path."
     torch.manual_seed(seed)
-    net = models.CompactNet(scale, features=4, convs=1)
-    card = models.Card(name=name, architecture="compact", scale=scale, degradation="bicubic", data="lesson", data_sha256="d" * 64,
-                       terms="CC0", git_revision="0" * 40, steps=0, scores={"set5": {"psnr_y": 28.42}}, notes="Untrained.")
+    net = CompactNet(scale, features=4, convs=1)
+    card = models.Card(
+        name=name,
+        architecture="compact",
+        scale=scale,
+        degradation="bicubic",
+        data="lesson",
+        data_sha256="d" * 64,
+        terms="CC0",
+        git_revision="0" * 40,
+        steps=0,
+        scores={"set5": {"psnr_y": 28.42}},
+        notes="Untrained.",
+    )
     path = Path(tempfile.mkdtemp(dir=lesson_home.name)) / f"{name}.safetensors"
     models.save(net, card, path)
     return path
@@ -56,6 +69,7 @@ def refusal(do, *args, **options):
 
 def test_one_error_one_line():
     from srsys.registry.store import ALIASES, STATUSES
+
     # registry/02_store.ipynb #lesson-error
     assert issubclass(RegistryError, RuntimeError)
     assert "champion" in ALIASES and "bootstrap" in STATUSES
@@ -82,6 +96,7 @@ def test_where_the_registry_lives():
 
 def test_what_is_registered():
     from srsys.registry.store import list_champions, list_versions
+
     # registry/02_store.ipynb #lesson-versions
     store = fresh_store()
     assert list_versions(store) == [] and list_champions(store) == {}
@@ -89,17 +104,25 @@ def test_what_is_registered():
 
 def test_the_card_becomes_the_description():
     from srsys.registry.store import card_markdown, flat_scores
+
     # registry/02_store.ipynb #lesson-card
     card = models.load(tiny("card-x2")).card
     text = card_markdown(card)
     assert text.startswith("# card-x2") and "| set5 | 28.42 |" in text
-    assert flat_scores({"set5": {"psnr_y": 28.42, "n": 5}, "best": True, "×4": 1}) == {"set5.psnr_y": 28.42, "set5.n": 5.0, "_4": 1.0}
+    assert flat_scores({"set5": {"psnr_y": 28.42, "n": 5}, "best": True, "×4": 1}) == {
+        "set5.psnr_y": 28.42,
+        "set5.n": 5.0,
+        "_4": 1.0,
+    }
     print(text)
-    assert "measured" not in card_markdown(models.Card("moss-x2", "esrgan", 2))  # somebody else's, of which little is known
+    assert "measured" not in card_markdown(
+        models.Card("moss-x2", "esrgan", 2)
+    )  # somebody else's, of which little is known
 
 
 def test_registering():
     from srsys.registry.store import list_champions, list_versions, register, set_alias
+
     # registry/02_store.ipynb #lesson-register
     store = fresh_store()
     first = register(store, tiny("leaf-x2"))
@@ -121,7 +144,7 @@ def test_registering():
 
     # registry/02_store.ipynb #lesson-register-fails
     no_card = Path(tempfile.mkdtemp(dir=lesson_home.name)) / "stranger.safetensors"
-    save_file(models.CompactNet(2, features=4, convs=1).state_dict(), no_card)
+    save_file(CompactNet(2, features=4, convs=1).state_dict(), no_card)
     print(refusal(register, store, no_card))
     print(refusal(register, store, tiny("leaf-x2"), status="splendid"))
     print(refusal(set_alias, store, "srsys-leaf-x2", "champion", 99))
@@ -130,6 +153,7 @@ def test_registering():
 
 def test_shipped_models():
     from srsys.registry.store import list_champions, list_versions, register, register_shipped
+
     # registry/02_store.ipynb #lesson-shipped
     store = fresh_store()
     box = {"oak-x2": tiny("oak-x2"), "oak-x4": tiny("oak-x4", scale=4)}
@@ -147,6 +171,7 @@ def test_shipped_models():
 
 def test_reading_what_was_registered():
     from srsys.registry.store import load_version, register
+
     # registry/02_store.ipynb #lesson-load
     store = fresh_store()
     version = register(store, tiny("rose-x2"))
@@ -155,15 +180,17 @@ def test_reading_what_was_registered():
     # registry/02_store.ipynb #lesson-load-remote
     far = {"calls": 0}
 
-
     def fetch_from_far(artifact_uri, dst_path=None, tracking_uri=None):
         "What MLflow does for an s3:// address, without the network."
         far["calls"] += 1
         return shutil.copytree(store.home / "artifacts", f"{dst_path}/model")
 
-
-    with mock.patch("mlflow.artifacts.download_artifacts", fetch_from_far), \
-         mock.patch.object(type(connect_client(store)), "get_model_version_download_uri", lambda *a: "s3://bucket/model"):
+    with (
+        mock.patch("mlflow.artifacts.download_artifacts", fetch_from_far),
+        mock.patch.object(
+            type(connect_client(store)), "get_model_version_download_uri", lambda *a: "s3://bucket/model"
+        ),
+    ):
         assert load_version(store, version).sha256 == version.sha256
         assert load_version(store, version).sha256 == version.sha256
     assert far["calls"] == 1
@@ -188,6 +215,7 @@ def test_reading_what_was_registered():
 
 def test_names():
     from srsys.registry.store import choose_member
+
     # registry/02_store.ipynb #lesson-member
     known = {"photo-x2", "photo-x4", "fast-x4"}
     assert choose_member("fast-x4", known, 2) == "fast-x4"  # said by name
@@ -200,6 +228,7 @@ def test_names():
 
 def test_the_resolver():
     from srsys.registry.store import register, register_shipped, resolve
+
     # registry/02_store.ipynb #lesson-resolve
     store = fresh_store()
     shipped = {"fern-x2": tiny("fern-x2"), "fern-x4": tiny("fern-x4", scale=4)}
@@ -219,13 +248,13 @@ def test_the_resolver():
     # registry/02_store.ipynb #lesson-resolve-warns
     class Lines(logging.Handler):
         "Keeps what is logged."
+
         def __init__(self):
             super().__init__()
             self.lines = []
 
         def emit(self, record):
             self.lines.append(without_folders(record.getMessage()))
-
 
     said = Lines()
     logging.getLogger("srsys.registry.store").addHandler(said)
@@ -244,13 +273,20 @@ def test_the_resolver():
     with mock.patch.object(models, "shipped_weights", lambda: shipped):
         print(refusal(resolve, "fern-x2", store))
         print(refusal(resolve, "ferm", store))
-    for name in ("models:/srsys-fern-x2@previous", "models:/srsys-fern-x2", "catalog:mystery.pth", "catalog:RealESRGAN_x4plus"):
+    for name in (
+        "models:/srsys-fern-x2@previous",
+        "models:/srsys-fern-x2",
+        "catalog:mystery.pth",
+        "catalog:RealESRGAN_x4plus",
+    ):
         print(refusal(resolve, name, store))
     print(refusal(resolve, "models:/srsys-fern-x2/1"))
     (store.home / "weights").mkdir()
     (store.home / "weights" / "RealESRGAN_x4plus.pth").write_text("not sixty-seven megabytes")
     print(refusal(resolve, "catalog:RealESRGAN_x4plus", store))
-    assert resolve("models:/srsys-fern-x2/1", store).label == "srsys-fern-x2/1"  # asked for by number: the digest alone decides
+    assert (
+        resolve("models:/srsys-fern-x2/1", store).label == "srsys-fern-x2/1"
+    )  # asked for by number: the digest alone decides
 
     # registry/02_store.ipynb #lesson-resolve-catalog
     entry = {"name": "fern.safetensors", "sha256": fetch.sha256(shipped["fern-x2"])}
@@ -258,8 +294,12 @@ def test_the_resolver():
     with mock.patch.object(models, "weights_catalog", lambda path=None: {"fern.safetensors": entry}):
         assert resolve("catalog:fern", store).label == "catalog:fern.safetensors"
 
-    torch.save(models.CompactNet(2, features=4, convs=1).state_dict(), store.home / "weights" / "moss.pth")
-    with mock.patch.object(models, "weights_catalog", lambda path=None: {"moss.pth": {"name": "moss.pth", "sources": 0, "register": "moss-x2"}}):
+    torch.save(CompactNet(2, features=4, convs=1).state_dict(), store.home / "weights" / "moss.pth")
+    with mock.patch.object(
+        models,
+        "weights_catalog",
+        lambda path=None: {"moss.pth": {"name": "moss.pth", "sources": 0, "register": "moss-x2"}},
+    ):
         try:
             resolve("catalog:moss-x2", store)
         except models.WeightsError as error:

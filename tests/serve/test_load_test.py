@@ -4,17 +4,18 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from srsys.evaluate import speed
-from srsys.serve.admission import RestoreRequest, ServerLimits
-from srsys.serve.engine import Engine
-from srsys.serve.model_table import load_table
 
 # serve/14_load_test.ipynb #lesson-imports
 from unittest import mock
 
 import torch
 
+from srsys.evaluate import speed
 from srsys.models import weights
+from srsys.models.networks import CompactNet
+from srsys.serve.admission import RestoreRequest, ServerLimits
+from srsys.serve.engine import Engine
+from srsys.serve.model_table import load_table
 
 # serve/14_load_test.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
@@ -26,7 +27,9 @@ def tiny(name, scale):
     torch.manual_seed(0)
     path = Path(lesson_home.name) / f"{name}.safetensors"
     if not path.exists():
-        weights.save(weights.CompactNet(scale, features=4, convs=1), weights.Card(name=name, architecture="compact", scale=scale), path)
+        weights.save(
+            CompactNet(scale, features=4, convs=1), weights.Card(name=name, architecture="compact", scale=scale), path
+        )
     return path
 
 
@@ -47,18 +50,20 @@ def until(happened, seconds=60):
 
 def test_people_who_ask():
     from srsys.serve.load_test import make_form, running_server, send_request
+
     # serve/14_load_test.ipynb #lesson-full
     form = make_form(PICTURE, model="fast-x4", format="jpeg")
     gate, entered = threading.Event(), threading.Event()
-
 
     def held(*args):
         entered.set()
         assert gate.wait(120)
         raise ValueError("let go")
 
-
-    with running_server(engine := ready_engine(ServerLimits(waiting=1)), Path(lesson_home.name)) as port, mock.patch("srsys.restore.restorer.run_network", held):
+    with (
+        running_server(engine := ready_engine(ServerLimits(waiting=1)), Path(lesson_home.name)) as port,
+        mock.patch("srsys.restore.restorer.run_network", held),
+    ):
         two = [threading.Thread(target=send_request, args=[port, form, 1]) for _ in range(2)]
         for one in two:
             one.start()
@@ -72,18 +77,31 @@ def test_people_who_ask():
 
 
 def test_more_than_it_can_take():
-    from srsys.serve.load_test import ClientResponse, compare_throughput, make_form, overload, running_server, send_request
+    from srsys.serve.load_test import (
+        ClientResponse,
+        compare_throughput,
+        make_form,
+        overload,
+        running_server,
+        send_request,
+    )
+
     # serve/14_load_test.ipynb #lesson-overload
     form = make_form(PICTURE, model="fast-x4", format="jpeg")
     with running_server(engine := ready_engine(ServerLimits(waiting=4)), Path(lesson_home.name)) as port:
         (source := Path(lesson_home.name) / "a.jpg").write_bytes(PICTURE)
-        pace = compare_throughput(engine, port, RestoreRequest(source, "a.jpg", "fast-x4", format="jpeg"), form, 12, 1, 4)
+        pace = compare_throughput(
+            engine, port, RestoreRequest(source, "a.jpg", "fast-x4", format="jpeg"), form, 12, 1, 4
+        )
         seen = overload(port, form, 60_000, engine.limits, count=30)
         value = engine.metrics.registry.get_sample_value
         assert value("srsys_images_processed_total") == 48 + seen.restored, "who was refused was not worked on"
     assert pace.ratio > 0 and seen.restored + seen.refused + seen.late == 30 and seen.restored > 0
     with mock.patch(f"{send_request.__module__}.send_request", return_value=(1.0, [ClientResponse(500, 0.1, 0.1, 0)])):
-        for do in (lambda: overload(0, b"", 60, ServerLimits()), lambda: compare_throughput(mock.Mock(), 0, None, b"", 0, 1)):
+        for do in (
+            lambda: overload(0, b"", 60, ServerLimits()),
+            lambda: compare_throughput(mock.Mock(), 0, None, b"", 0, 1),
+        ):
             try:
                 do()
             except RuntimeError as error:
@@ -94,6 +112,7 @@ def test_more_than_it_can_take():
 
 def test_the_figures():
     from srsys.serve.load_test import load_test_main
+
     # serve/14_load_test.ipynb #lesson-main
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):

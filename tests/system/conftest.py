@@ -1,4 +1,5 @@
 """`srsys serve` as a real process, for tests with a browser and for tests that kill it."""
+
 import os
 import queue
 import re
@@ -21,10 +22,17 @@ class Served:
     def __init__(self, home, *options, within=240, **environment):
         self.home = home
         self.process = subprocess.Popen(
-            [SRSYS, "serve", "--port", "0", "--metrics-port", "0", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "2"} | environment)
+            [SRSYS, "serve", "--port", "0", "--metrics-port", "0", *map(str, options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "2"} | environment,
+        )
         self.home, lines, self.said = home, queue.Queue(), []
-        threading.Thread(target=lambda: [lines.put(line) for line in iter(self.process.stdout.readline, "")] and lines.put(""), daemon=True).start()
+        threading.Thread(
+            target=lambda: [lines.put(line) for line in iter(self.process.stdout.readline, "")] and lines.put(""),
+            daemon=True,
+        ).start()
         end = time.monotonic() + within
         while "Ctrl-C" not in "".join(self.said):
             try:
@@ -72,6 +80,7 @@ serve_long = pytest.fixture(_serve, scope="module")  # for a whole file
 @pytest.fixture
 def processes_of():
     "The processes that work for a home, whoever started them."
+
     def find(home):
         found = []
         for process in psutil.process_iter():
@@ -81,4 +90,5 @@ def processes_of():
             except (psutil.Error, OSError):
                 continue
         return found
+
     return find

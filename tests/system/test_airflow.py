@@ -1,4 +1,5 @@
 """The timetable's rows as Airflow DAGs, run by a real Airflow in an environment of its own (`make airflow`) over the real notebooks."""
+
 import json
 import os
 import shlex
@@ -41,25 +42,50 @@ def airflow(tmp_path):
         missing("needs Airflow in .airflow: `make airflow` puts it there")
     folder = tmp_path / "scheduled"
     shutil.copytree(ROOT / "scheduled", folder)
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")} | {
-        "AIRFLOW_HOME": str(tmp_path / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False", "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "airflow"),
-        "SRSYS_COMMAND": shlex.join(["env", f"PYTHONPATH={ROOT}", str(SRSYS)]), "SRSYS_SCHEDULED": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")
+    } | {
+        "AIRFLOW_HOME": str(tmp_path / "airflow"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+        "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "airflow"),
+        "SRSYS_COMMAND": shlex.join(["env", f"PYTHONPATH={ROOT}", str(SRSYS)]),
+        "SRSYS_SCHEDULED": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
 
     def run(code, *args, timetable=None, **more):
         if timetable:
             (folder / "timetable.toml").write_text(timetable)
-        migrate = "from airflow.utils.db import initdb; initdb()\n" if not (tmp_path / "airflow/airflow.db").exists() else ""
-        done = subprocess.run([AIRFLOW, "-c", migrate + code, folder / "airflow", *args], env=environment | more, capture_output=True, text=True, timeout=800)
+        migrate = (
+            "from airflow.utils.db import initdb; initdb()\n" if not (tmp_path / "airflow/airflow.db").exists() else ""
+        )
+        done = subprocess.run(
+            [AIRFLOW, "-c", migrate + code, folder / "airflow", *args],
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        return [
+            json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
+        ]
+
     return run
 
 
 def test_the_rows_are_dags(airflow):
     "Of the timetable that is shipped: two weeks or an asset, one run at a time; and as pods on the GPU pool, if an image is named."
     pods, dags = airflow(LOOK, SRSYS_POD_IMAGE="registry.example/srsys:1")
-    assert [p["on"] for p in pods] == [{"srsys/pool": "gpu"}] * 4 and all(p["gpus"] == {"nvidia.com/gpu": "1"} for p in pods)
-    assert "srsys" in pods[1]["command"] and "-p steps 2000" in pods[1]["command"] and "/airflow/xcom/return.json" in pods[1]["command"]
+    assert [p["on"] for p in pods] == [{"srsys/pool": "gpu"}] * 4 and all(
+        p["gpus"] == {"nvidia.com/gpu": "1"} for p in pods
+    )
+    assert (
+        "srsys" in pods[1]["command"]
+        and "-p steps 2000" in pods[1]["command"]
+        and "/airflow/xcom/return.json" in pods[1]["command"]
+    )
     when, runs, catchup, tasks = dags["retrain"]
     assert "AssetOrTime" in when and "srsys://retrain/wanted" in when and "days=14" in when
     assert (runs, catchup, tasks) == (1, False, ["etl", "train", "evaluate", "promote"])
@@ -69,20 +95,29 @@ def test_the_rows_are_dags(airflow):
 def test_the_pipeline_is_run_by_airflow(airflow, home):
     "ETL, training, evaluation and promotion as tasks, each the notebook that papermill runs, on the small pictures of the defaults."
     row = '[retrain]\nevery = { weeks = 2 }\nbegins = 2026-01-05T02:00:00Z\nnotebooks = ["etl", "train", "evaluate", "promote"]\n'
-    result, = airflow(RUN, "retrain", timetable=row)
-    assert result["state"] == "success" and result["tasks"] == dict.fromkeys(("etl", "train", "evaluate", "promote"), "success")
-    assert sorted(p.name for p in home.glob("runs/*/*.done.ipynb")) == ["etl.done.ipynb", "evaluate.done.ipynb", "promote.done.ipynb", "train.done.ipynb"]
+    (result,) = airflow(RUN, "retrain", timetable=row)
+    assert result["state"] == "success" and result["tasks"] == dict.fromkeys(
+        ("etl", "train", "evaluate", "promote"), "success"
+    )
+    assert sorted(p.name for p in home.glob("runs/*/*.done.ipynb")) == [
+        "etl.done.ipynb",
+        "evaluate.done.ipynb",
+        "promote.done.ipynb",
+        "train.done.ipynb",
+    ]
 
 
 def test_monitoring_asks_for_a_retraining(airflow, tmp_path):
     "What `srsys run monitor --json` says last updates the asset, or does not; a notebook that fails is a task that fails."
     row = '[monitor]\ncron = "5 * * * *"\nnotebooks = ["monitor"]\nasks = "retrain"\n\n[retrain]\nevery = { weeks = 2 }\nbegins = 2026-01-05T02:00:00Z\nnotebooks = ["etl"]\n'
     said = tmp_path / "said"
-    said.write_text('#!/bin/sh\ntest "$2" = monitor || exit 1\necho "looked at 300 pictures"\necho "{\\"facts\\": {\\"retrain\\": $(cat "$0.wanted")}}"\n')
+    said.write_text(
+        '#!/bin/sh\ntest "$2" = monitor || exit 1\necho "looked at 300 pictures"\necho "{\\"facts\\": {\\"retrain\\": $(cat "$0.wanted")}}"\n'
+    )
     said.chmod(0o755)
     for wanted, state, events in (("false", "skipped", []), ("true", "success", ["srsys://retrain/wanted"])):
         Path(f"{said}.wanted").write_text(wanted)
         result, *_ = airflow(RUN, "monitor", timetable=row, SRSYS_COMMAND=str(said))
         assert result["tasks"] == {"monitor": "success", "ask_for_retrain": state} and result["events"] == events
-    result, = airflow(RUN, "retrain", SRSYS_COMMAND=str(said))
+    (result,) = airflow(RUN, "retrain", SRSYS_COMMAND=str(said))
     assert result["state"] == "failed" and result["tasks"] == {"etl": "failed"}

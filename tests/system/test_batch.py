@@ -1,6 +1,7 @@
 """`srsys batch` on a Ray cluster of three nodes on this machine, of which one is killed, and then the one who hands out the work;
 from a bucket into a bucket (moto's server stands for the store: it speaks the protocol); a picture that ends whoever works on it;
 and `srsys serve --ray` on the same cluster, of whose replicas one is killed."""
+
 import hashlib
 import json
 import os
@@ -28,10 +29,10 @@ from skimage import data
 from torch import nn
 from typer.testing import CliRunner
 
-from srsys.batch.archive import Storage, BatchJob, list_pictures, read_batch_manifest, parse_source
+from srsys.batch.archive import BatchJob, Storage, list_pictures, parse_source, read_batch_manifest
 from srsys.batch.cluster import ClusterOptions, restore_archive
-from srsys.cli.main import main
 from srsys.batch.folder import OutputSettings, plan_jobs, restore_one
+from srsys.cli.main import main
 from srsys.image import Picture, encode_picture, open_picture, save_picture
 from srsys.models.weights import Model, load, shipped_weights
 from srsys.restore.restorer import Restorer
@@ -56,7 +57,12 @@ def store():
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
-    with environment(AWS_ENDPOINT_URL=f"http://{host}:{port}", AWS_DEFAULT_REGION="us-east-1", AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="word"):
+    with environment(
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_ACCESS_KEY_ID="key",
+        AWS_SECRET_ACCESS_KEY="word",
+    ):
         client = boto3.client("s3")
         client.create_bucket(Bucket="archive")
         yield client
@@ -66,9 +72,18 @@ def store():
 @pytest.fixture(scope="module")
 def cluster(store, tmp_path_factory):
     "A head that does no work and three nodes that do."
-    with environment(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal", OMP_NUM_THREADS="1", SRSYS_HOME=str(tmp_path_factory.mktemp("home"))):
+    with environment(
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_BACKEND_LOG_LEVEL="fatal",
+        OMP_NUM_THREADS="1",
+        SRSYS_HOME=str(tmp_path_factory.mktemp("home")),
+    ):
         from ray.cluster_utils import Cluster
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8})
+
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
+        )
         try:
             for _ in range(3):
                 nodes.add_node(num_cpus=1, object_store_memory=10**8)
@@ -97,13 +112,16 @@ def manifest(address):
 
 def cut(folder, count, side=32):
     "Small pictures, each another, in folders of a hundred."
-    tiles = [open_picture(path).pixels for path in sorted(Path(__file__).resolve().parents[2].joinpath("../shared/data/bench/BSD100").glob("*.png"))] or [data.astronaut()]
+    tiles = [
+        open_picture(path).pixels
+        for path in sorted(Path(__file__).resolve().parents[2].joinpath("../shared/data/bench/BSD100").glob("*.png"))
+    ] or [data.astronaut()]
     for i in range(count):
         tile = tiles[i % len(tiles)]
         y, x = (i * 7 % (n - side) for n in tile.shape[:2])
         path = folder / f"{i // 100:03d}" / f"{i:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(Picture(tile[y:y + side, x:x + side]), path)
+        save_picture(Picture(tile[y : y + side, x : x + side]), path)
 
 
 def survive(cluster, folder, count):
@@ -123,7 +141,9 @@ def survive(cluster, folder, count):
         driver.wait(60)
     done_before = made()
     status, report = batch(folder / "in", folder / "out", "--ray", cluster.address)
-    print(f"{done_before} made before the driver was killed, of which {report['kept']} were kept; then {report['done']} in {report['seconds']} s")
+    print(
+        f"{done_before} made before the driver was killed, of which {report['kept']} were kept; then {report['done']} in {report['seconds']} s"
+    )
     assert status == 1 and report["failed"] == 1 and report["done"] + report["kept"] == count, report
     assert report["kept"] >= done_before - 3 * 16 * 2, "what was finished is not done again"
     rows = manifest(folder / "out")
@@ -133,25 +153,35 @@ def survive(cluster, folder, count):
         assert row.input_sha256 == hashlib.sha256(Path(source).read_bytes()).hexdigest()
         assert row.output_sha256 == hashlib.sha256((folder / "out" / row.target).read_bytes()).hexdigest()
         assert row.target == str(Path(source).relative_to(folder / "in")) and row.width == 64
-    assert (folder / "out/_srsys/contact.jpg").exists() and json.loads((folder / "out/_srsys/report.json").read_text())["kept"] == report["kept"]
+    assert (folder / "out/_srsys/contact.jpg").exists() and json.loads((folder / "out/_srsys/report.json").read_text())[
+        "kept"
+    ] == report["kept"]
     assert not last.duplicated("target").any(), "every picture is there once"
     assert made() == count and not list((folder / "out").rglob("*.part"))
     return rows
 
 
 def test_a_bucket_goes_into_a_bucket(cluster, store):
-    pictures = [encode_picture(Picture(data.astronaut()[i:i + 40, i:i + 40])) for i in range(12)]
+    pictures = [encode_picture(Picture(data.astronaut()[i : i + 40, i : i + 40])) for i in range(12)]
     for i, content in enumerate(pictures):
         store.put_object(Bucket="archive", Key=f"in/1999/{i:02d}.png", Body=content)
     store.put_object(Bucket="archive", Key="in/broken.png", Body=b"Dear Sir or Madam,")
     store.put_object(Bucket="archive", Key="in/1999/00.jpg", Body=b"has the name that 00.png wants")
     status, report = batch("s3://archive/in", "s3://archive/out", "--ray", cluster.address)
     assert status == 1 and (report["done"], report["failed"], report["kept"]) == (11, 3, 0), report
-    assert any("both become" in why for _, why in report["failures"]) and any("s3://archive/in/broken.png: not a picture" in why for _, why in report["failures"])
+    assert any("both become" in why for _, why in report["failures"]) and any(
+        "s3://archive/in/broken.png: not a picture" in why for _, why in report["failures"]
+    )
     rows = manifest("s3://archive/out").set_index("source")
     for i, content in list(enumerate(pictures))[1:]:
-        row, result = rows.loc[f"s3://archive/in/1999/{i:02d}.png"], store.get_object(Bucket="archive", Key=f"out/1999/{i:02d}.png")["Body"].read()
-        assert row.input_sha256 == hashlib.sha256(content).hexdigest() and row.output_sha256 == hashlib.sha256(result).hexdigest()
+        row, result = (
+            rows.loc[f"s3://archive/in/1999/{i:02d}.png"],
+            store.get_object(Bucket="archive", Key=f"out/1999/{i:02d}.png")["Body"].read(),
+        )
+        assert (
+            row.input_sha256 == hashlib.sha256(content).hexdigest()
+            and row.output_sha256 == hashlib.sha256(result).hexdigest()
+        )
         assert open_picture(result).width == 80 and row.consistency_db > 30
 
 
@@ -167,20 +197,38 @@ class Deadly(nn.Upsample):
 def test_a_picture_that_ends_its_engine_is_set_aside(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("srsys.batch.cluster.MAX_ATTEMPTS", 2)  # of three, for time
     import ray.cloudpickle
+
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the engines know no tests
     (tmp_path / "in").mkdir()
     for i in range(8):
         save_picture(Picture(np.full((16, 16, 3), 0 if i == 5 else 10 + i, np.uint8)), tmp_path / "in" / f"{i}.png")
-    model = Model(Deadly(scale_factor=2), "deadly", 2, overlap=0, exact=True, multiple_of=1, architecture="nearest", sha256="1" * 64)
-    work = BatchJob(parse_source(f"{tmp_path}/in"), Storage(f"{tmp_path}/out"), OutputSettings(None, "png", 95, "float32", model.sha256))
-    progress = restore_archive(work, model, ClusterOptions(cluster.address, engines=1, device="cpu", precision="float32"))
+    model = Model(
+        Deadly(scale_factor=2),
+        "deadly",
+        2,
+        overlap=0,
+        exact=True,
+        multiple_of=1,
+        architecture="nearest",
+        sha256="1" * 64,
+    )
+    work = BatchJob(
+        parse_source(f"{tmp_path}/in"),
+        Storage(f"{tmp_path}/out"),
+        OutputSettings(None, "png", 95, "float32", model.sha256),
+    )
+    progress = restore_archive(
+        work, model, ClusterOptions(cluster.address, engines=1, device="cpu", precision="float32")
+    )
     assert (progress.done, progress.failed) == (7, 1) and "2 engines ended over it" in progress.failures[0][1]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"{i}.png" for i in range(8) if i != 5]
 
 
 def replicas():
     "The processes in which Ray has the service."
-    return [p for p in psutil.process_iter(["name", "cmdline"]) if "ServeReplica:srsys" in " ".join(p.info["cmdline"] or [])]
+    return [
+        p for p in psutil.process_iter(["name", "cmdline"]) if "ServeReplica:srsys" in " ".join(p.info["cmdline"] or [])
+    ]
 
 
 def test_the_service_by_ray_serve(cluster, tmp_path):
@@ -188,19 +236,48 @@ def test_the_service_by_ray_serve(cluster, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as claimed:
         port = claimed.getsockname()[1]
     cat = Picture(data.chelsea()[100:180, 100:260])
-    content, made = encode_picture(cat), Restorer(load(shipped_weights()["fast-x2"]), "cpu", "float32").restore(cat).pixels
-    command = [SRSYS, "serve", "--ray", cluster.address, "--port", port, "--replicas", 2, "--cores", 1, "--device", "cpu", "--precision", "float32"]
-    with open(tmp_path / "log", "w+") as log, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client, ThreadPoolExecutor(8) as people:
-        server = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "SRSYS_HOME": str(tmp_path / "home")})
+    content, made = (
+        encode_picture(cat),
+        Restorer(load(shipped_weights()["fast-x2"]), "cpu", "float32").restore(cat).pixels,
+    )
+    command = [
+        SRSYS,
+        "serve",
+        "--ray",
+        cluster.address,
+        "--port",
+        port,
+        "--replicas",
+        2,
+        "--cores",
+        1,
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    ]
+    with (
+        open(tmp_path / "log", "w+") as log,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+        ThreadPoolExecutor(8) as people,
+    ):
+        server = subprocess.Popen(
+            list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "SRSYS_HOME": str(tmp_path / "home")}
+        )
 
         def ask(_=None):
-            answer = client.post("/v1/restore", files={"file": ("cat.png", content)}, data={"model": "fast", "scale": "2"})
+            answer = client.post(
+                "/v1/restore", files={"file": ("cat.png", content)}, data={"model": "fast", "scale": "2"}
+            )
             assert answer.status_code != 200 or np.array_equal(open_picture(answer.content).pixels, made)
             return answer.status_code
 
         try:
             until(lambda: "The API" in (tmp_path / "log").read_text(), server)
-            assert client.get("/readyz").json() == {"ready": True} and client.get("/v1/models").json()["models"][0]["name"] == "fast-x2"
+            assert (
+                client.get("/readyz").json() == {"ready": True}
+                and client.get("/v1/models").json()["models"][0]["name"] == "fast-x2"
+            )
             wrong = client.post("/v1/restore", files={"file": ("letter.png", b"Dear Sir or Madam,")})
             assert wrong.status_code == 415 and wrong.json()["error"] == "not_an_accepted_format"
             before, end = Counter(), time.monotonic() + 120
@@ -208,14 +285,14 @@ def test_the_service_by_ray_serve(cluster, tmp_path):
                 before += Counter(people.map(ask, range(16)))
             assert set(before) == {200} and len(replicas()) == 2
             under_way = [people.submit(ask) for _ in range(48)]
-            time.sleep(.5)
+            time.sleep(0.5)
             replicas()[0].kill()
             meanwhile = Counter(job.result() for job in under_way)
             print(f"{before.total()} by one replica and then two; of 48 while one was killed {dict(meanwhile)}")
             assert meanwhile[200] >= 40 and set(meanwhile) <= {200, 500, 503}
             assert Counter(people.map(ask, range(24))) == {200: 24}
             last = [people.submit(ask) for _ in range(4)]
-            time.sleep(.3)
+            time.sleep(0.3)
             server.send_signal(signal.SIGTERM)
             assert {job.result() for job in last} == {200} and server.wait(60) == 0 and not replicas()
         finally:
@@ -251,11 +328,17 @@ def test_what_ray_costs(tmp_path):
     torch.set_num_threads(1)
     with environment(OMP_NUM_THREADS="1"):
         begun = time.monotonic()
-        restore_archive(BatchJob(parse_source(f"{tmp_path}/in"), Storage(f"{tmp_path}/out"), settings), resolved, ClusterOptions(engines=2, device="cpu", precision="float32"),
-                        lambda progress, rows: here.append((time.monotonic(), progress.done)))
+        restore_archive(
+            BatchJob(parse_source(f"{tmp_path}/in"), Storage(f"{tmp_path}/out"), settings),
+            resolved,
+            ClusterOptions(engines=2, device="cpu", precision="float32"),
+            lambda progress, rows: here.append((time.monotonic(), progress.done)),
+        )
     (first, before), (last, after) = here[8], here[-1]
     rate = (after - before) / (last - first)
-    print(f"alone {alone:.1f}, with Ray {rate:.1f} pictures/s: {rate / alone:.0%}; the first answer after {here[0][0] - begun:.1f} s")
+    print(
+        f"alone {alone:.1f}, with Ray {rate:.1f} pictures/s: {rate / alone:.0%}; the first answer after {here[0][0] - begun:.1f} s"
+    )
 
 
 class Enough(Exception):
@@ -277,10 +360,20 @@ def test_a_bucket_of_a_hundred_thousand(store, tmp_path):
             raise Enough
 
     with pytest.raises(Enough):
-        restore_archive(BatchJob(parse_source("s3://archive/many"), Storage("s3://archive/restored"), OutputSettings(None, "png", 95, "float32", model.sha256)), model,
-                        ClusterOptions(engines=1, device="cpu", precision="float32"), tell)
+        restore_archive(
+            BatchJob(
+                parse_source("s3://archive/many"),
+                Storage("s3://archive/restored"),
+                OutputSettings(None, "png", 95, "float32", model.sha256),
+            ),
+            model,
+            ClusterOptions(engines=1, device="cpu", precision="float32"),
+            tell,
+        )
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     names = sum(1 for _ in list_pictures(parse_source("s3://archive/many")))
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"first picture after {heard[0]:.1f} s, all counted after {heard[-1]:.1f} s; the largest process of Ray had {children:.0f} MB, listing {names} names took {more:.0f} MB more")
+    print(
+        f"first picture after {heard[0]:.1f} s, all counted after {heard[-1]:.1f} s; the largest process of Ray had {children:.0f} MB, listing {names} names took {more:.0f} MB more"
+    )

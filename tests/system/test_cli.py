@@ -1,4 +1,5 @@
 """`srsys restore` as a process: what it leaves when it is killed, interrupted or out of room, and what it prints."""
+
 import json
 import os
 import resource
@@ -21,7 +22,9 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def start(*args, **options):
-    return subprocess.Popen([SRSYS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [SRSYS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def run(*args, **options):
@@ -94,7 +97,9 @@ def test_a_full_disk_is_one_line(album, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
     status, output, errors = run("restore", album, "-o", tmp_path / "out", "--model", "fast-x2", preexec_fn=little_room)
-    assert status == 1 and len(ours(errors)) == 1 and "b large.png: cannot be written: File too large" in ours(errors)[0]
+    assert (
+        status == 1 and len(ours(errors)) == 1 and "b large.png: cannot be written: File too large" in ours(errors)[0]
+    )
     assert pictures(tmp_path / "out") == ["a small.png"]
 
 
@@ -123,9 +128,12 @@ def test_what_cannot_begin_says_so_in_one_line(tmp_path):
     save_picture(Picture(data.astronaut()[::8, ::8]), picture)
     (tmp_path / "weights.safetensors").write_bytes(bytes(100))
     (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'touch /tmp/srsys-was-here'\ntR.")
-    for args in ([tmp_path, "-o", picture], [picture, "-o", tmp_path / "o", "--model", "nosuch"],
-                 [picture, "-o", tmp_path / "o", "--model", tmp_path / "weights.safetensors"],
-                 [picture, "-o", tmp_path / "o", "--model", tmp_path / "code.pth"]):
+    for args in (
+        [tmp_path, "-o", picture],
+        [picture, "-o", tmp_path / "o", "--model", "nosuch"],
+        [picture, "-o", tmp_path / "o", "--model", tmp_path / "weights.safetensors"],
+        [picture, "-o", tmp_path / "o", "--model", tmp_path / "code.pth"],
+    ):
         status, output, errors = run("restore", *args)
         assert status == 1 and len(ours(errors)) == 1 and ours(errors)[0].startswith("srsys: "), errors
         assert not (tmp_path / "o").exists() and not Path("/tmp/srsys-was-here").exists()

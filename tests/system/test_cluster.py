@@ -1,4 +1,5 @@
 """docker/k8s: what Kustomize makes of it is what Kubernetes and three operators accept, and fits the code that runs in it."""
+
 import inspect
 import re
 import shlex
@@ -17,10 +18,10 @@ from prometheus_client import generate_latest
 
 from srsys.cli import main
 from srsys.cli.common import Settings
-from srsys.monitor.telemetry import Metrics
 from srsys.cli.develop import track_training
-from srsys.train.configs import CONFIGS, Compact, TrainConfig
+from srsys.monitor.telemetry import Metrics
 from srsys.registry.store import Store, connect_client
+from srsys.train.configs import CONFIGS, Compact, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = yaml.safe_load(Path(__file__).with_name("crds.yaml").read_text())
@@ -33,8 +34,19 @@ def rendered():
     "The resources of each overlay."
     if not shutil.which("kubectl"):
         pytest.skip("needs kubectl, which brings Kustomize")
-    return {name: list(yaml.safe_load_all(subprocess.run(["kubectl", "kustomize", ROOT / "docker/k8s/overlays" / name], check=True, capture_output=True,
-                                                        text=True).stdout)) for name in OVERLAYS}
+    return {
+        name: list(
+            yaml.safe_load_all(
+                subprocess.run(
+                    ["kubectl", "kustomize", ROOT / "docker/k8s/overlays" / name],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+            )
+        )
+        for name in OVERLAYS
+    }
 
 
 def named(resources, kind, name):
@@ -84,7 +96,9 @@ def test_every_resource_is_one_that_the_cluster_accepts(rendered, overlay):
         else:
             kubernetes_validate.validate(resource, known, strict=True)
     for name, template in pods(rendered[overlay]):
-        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}, known, strict=True)
+        kubernetes_validate.validate(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}, known, strict=True
+        )
         assert template["metadata"]["labels"], name
 
 
@@ -94,14 +108,20 @@ def test_a_field_that_nobody_knows_is_refused(rendered):
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(job["spec"] | {"entrypoints": "x"}, CRDS["RayJob"])
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(deployment | {"spec": deployment["spec"] | {"replica": 1}}, kubernetes_validate.latest_version(), strict=True)
+        kubernetes_validate.validate(
+            deployment | {"spec": deployment["spec"] | {"replica": 1}},
+            kubernetes_validate.latest_version(),
+            strict=True,
+        )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_keeps_the_restricted_rules(rendered, overlay):
     "No root, no rights, nothing written but in volumes, no address of the cluster's programs in the environment."
     found = list(pods(rendered[overlay]))
-    assert {"Deployment srsys", "Deployment mlflow", "CronJob retrain", "CronJob evaluate", "CronJob monitor"} <= {name for name, _ in found}
+    assert {"Deployment srsys", "Deployment mlflow", "CronJob retrain", "CronJob evaluate", "CronJob monitor"} <= {
+        name for name, _ in found
+    }
     for name, template in found:
         spec = template["spec"]
         assert all(":" in container["image"] for container in spec["containers"]), name
@@ -109,19 +129,29 @@ def test_every_pod_keeps_the_restricted_rules(rendered, overlay):
         assert spec["enableServiceLinks"] is False and spec["automountServiceAccountToken"] is False, name
         for container in spec["containers"]:
             own = container["securityContext"]
-            assert own["readOnlyRootFilesystem"] and not own["allowPrivilegeEscalation"] and own["capabilities"] == {"drop": ["ALL"]}, name
-            assert {"cpu", "memory"} <= set(container["resources"]["requests"]) <= set(container["resources"]["limits"]) | {"ephemeral-storage"}, name
+            assert (
+                own["readOnlyRootFilesystem"]
+                and not own["allowPrivilegeEscalation"]
+                and own["capabilities"] == {"drop": ["ALL"]}
+            ), name
+            assert (
+                {"cpu", "memory"}
+                <= set(container["resources"]["requests"])
+                <= set(container["resources"]["limits"]) | {"ephemeral-storage"}
+            ), name
             assert {"/tmp", "/var/lib/srsys"} <= {mount["mountPath"] for mount in container["volumeMounts"]}, name
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_server_is_probed_and_ended_as_it_expects(rendered, overlay):
     spec = named(rendered[overlay], "Deployment", "srsys")["spec"]["template"]["spec"]
-    container, = spec["containers"]
+    (container,) = spec["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     defaults = {name: parameter.default for name, parameter in inspect.signature(main.serve).parameters.items()}
     assert ports == {"http": defaults["port"], "metrics": defaults["metrics_port"]}
-    assert container["args"][:2] == ["srsys", "serve"] and [container["args"][i + 1] for i, arg in enumerate(container["args"]) if "port" in arg] == ["7860", "9464"]
+    assert container["args"][:2] == ["srsys", "serve"] and [
+        container["args"][i + 1] for i, arg in enumerate(container["args"]) if "port" in arg
+    ] == ["7860", "9464"]
     routes = (ROOT / "srsys/serve.py").read_text()
     for probe, path in {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}.items():
         assert container[probe]["httpGet"] == {"path": path, "port": "http"} and f'"{path}"' in routes
@@ -129,7 +159,9 @@ def test_the_server_is_probed_and_ended_as_it_expects(rendered, overlay):
     assert spec["terminationGracePeriodSeconds"] >= pause + DRAIN + 10
     budget = named(rendered[overlay], "PodDisruptionBudget", "srsys")["spec"]
     least = named(rendered[overlay], "ScaledObject", "srsys")["spec"]["minReplicaCount"]
-    assert budget["selector"]["matchLabels"] == {"app": "srsys"} and budget["minAvailable"] < least, "a node can be drained"
+    assert budget["selector"]["matchLabels"] == {"app": "srsys"} and budget["minAvailable"] < least, (
+        "a node can be drained"
+    )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -142,10 +174,17 @@ def test_every_setting_exists(rendered, overlay):
             given = environment(container, maps)
             assert {key for key in given if key.startswith("SRSYS_")} <= settings, name
             if name == "Deployment mlflow":
-                assert set(given) <= set(of_mlflow) and given["MLFLOW_BACKEND_STORE_URI"] == of_mlflow["MLFLOW_BACKEND_STORE_URI"]
+                assert (
+                    set(given) <= set(of_mlflow)
+                    and given["MLFLOW_BACKEND_STORE_URI"] == of_mlflow["MLFLOW_BACKEND_STORE_URI"]
+                )
             else:
-                assert given["MLFLOW_TRACKING_URI"] == "http://mlflow:5000" and given["SRSYS_HOME"] == "/var/lib/srsys", name
-    assert "mlflow:5000" in maps[next(m for m in maps if m.startswith("mlflow"))]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+                assert (
+                    given["MLFLOW_TRACKING_URI"] == "http://mlflow:5000" and given["SRSYS_HOME"] == "/var/lib/srsys"
+                ), name
+    assert "mlflow:5000" in maps[next(m for m in maps if m.startswith("mlflow"))]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(
+        ","
+    )
 
 
 def test_what_is_scaled_by_and_scraped_is_what_the_server_says(rendered):
@@ -153,17 +192,25 @@ def test_what_is_scaled_by_and_scraped_is_what_the_server_says(rendered):
     said = generate_latest(Metrics().registry).decode()
     query = named(resources, "ScaledObject", "srsys")["spec"]["triggers"][0]["metadata"]["query"]
     used = re.findall(r"srsys_\w+", query)
-    assert used == ["srsys_queue_depth", "srsys_inflight_requests"] and all(f"# TYPE {name} gauge" in said for name in used)
+    assert used == ["srsys_queue_depth", "srsys_inflight_requests"] and all(
+        f"# TYPE {name} gauge" in said for name in used
+    )
     service = named(resources, "Service", "srsys")
-    assert named(resources, "ServiceMonitor", "srsys")["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+    assert named(resources, "ServiceMonitor", "srsys")["spec"]["endpoints"][0]["port"] in {
+        port["name"] for port in service["spec"]["ports"]
+    }
 
 
 def test_only_what_must_talk_can(rendered):
     policies = {r["metadata"]["name"]: r["spec"] for r in rendered["cpu"] if r["kind"] == "NetworkPolicy"}
     assert policies["nothing-else"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert [[port["port"] for port in rule["ports"]] for rule in policies["srsys"]["ingress"]] == [[7860], [9464]]
-    assert policies["srsys"]["egress"] == [{"to": [{"podSelector": {"matchLabels": {"app": "mlflow"}}}], "ports": [{"port": 5000}]}]
-    callers = [source["podSelector"]["matchLabels"] for rule in policies["mlflow"]["ingress"] for source in rule["from"]]
+    assert policies["srsys"]["egress"] == [
+        {"to": [{"podSelector": {"matchLabels": {"app": "mlflow"}}}], "ports": [{"port": 5000}]}
+    ]
+    callers = [
+        source["podSelector"]["matchLabels"] for rule in policies["mlflow"]["ingress"] for source in rule["from"]
+    ]
     assert callers == [{"app": "srsys"}, {"kind": "job"}]
 
 
@@ -172,54 +219,89 @@ def test_gpus_are_asked_for_where_they_are(rendered, overlay, resource):
     vendor = resource.split(".")[0]
     for kind, name in [("Deployment", "srsys"), ("Job", "train")]:
         spec = named(rendered[overlay], kind, name)["spec"]["template"]["spec"]
-        container, = spec["containers"]
+        (container,) = spec["containers"]
         assert [key for key in container["resources"]["limits"] if "/" in key] == [resource]
         assert container["image"] == ("srsys-worker:latest" if vendor == "nvidia" else "srsys-worker:latest-rocm")
         assert vendor in str(spec["nodeSelector"]) and [t["key"] for t in spec["tolerations"]] == [resource]
 
 
 def test_the_schedule_runs_notebooks_of_the_timetable(rendered):
-    wanted = {r["metadata"]["name"]: re.findall(r"srsys run (\w+)", r["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][-1])
-              for r in rendered["cpu"] if r["kind"] == "CronJob"}
-    assert wanted == {"retrain": ["etl", "train", "evaluate", "promote"], "evaluate": ["evaluate"], "monitor": ["monitor"]}
+    wanted = {
+        r["metadata"]["name"]: re.findall(
+            r"srsys run (\w+)", r["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][-1]
+        )
+        for r in rendered["cpu"]
+        if r["kind"] == "CronJob"
+    }
+    assert wanted == {
+        "retrain": ["etl", "train", "evaluate", "promote"],
+        "evaluate": ["evaluate"],
+        "monitor": ["monitor"],
+    }
     timetable = ROOT / "scheduled/timetable.toml"
     if timetable.exists():
         rows = tomllib.loads(timetable.read_text())
         assert {name: rows[name]["notebooks"] for name in wanted} == wanted
         crons = {name: row["cron"] for name, row in rows.items() if "cron" in row}
-        assert {r["metadata"]["name"]: r["spec"]["schedule"] for r in rendered["cpu"] if r["kind"] == "CronJob" and r["metadata"]["name"] in crons} == crons
+        assert {
+            r["metadata"]["name"]: r["spec"]["schedule"]
+            for r in rendered["cpu"]
+            if r["kind"] == "CronJob" and r["metadata"]["name"] in crons
+        } == crons
 
 
 def test_jobs_say_what_the_command_line_understands(rendered):
     spec = named(rendered["gpu"], "Job", "train")["spec"]
-    container, = spec["template"]["spec"]["containers"]
+    (container,) = spec["template"]["spec"]["containers"]
     args = dict(zip(container["args"][1:-1], container["args"][2:], strict=True))
-    assert container["args"][0] == "torchrun" and args["--nnodes"] == str(spec["completions"]) == str(spec["parallelism"])
+    assert container["args"][0] == "torchrun" and args["--nnodes"] == str(spec["completions"]) == str(
+        spec["parallelism"]
+    )
     assert args["--nproc-per-node"] == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert args["--master-addr"] == f"train-0.{spec['template']['spec']['subdomain']}" and named(rendered["gpu"], "Service", "train")["spec"]["clusterIP"] == "None"
+    assert (
+        args["--master-addr"] == f"train-0.{spec['template']['spec']['subdomain']}"
+        and named(rendered["gpu"], "Service", "train")["spec"]["clusterIP"] == "None"
+    )
     assert args["train"] in CONFIGS
     job = named(rendered["ray"], "RayJob", "archive")["spec"]
     verb, *words = shlex.split(job["entrypoint"])[1:]
     options = {opt for parameter in typer.main.get_command(main.main).commands[verb].params for opt in parameter.opts}
-    assert verb == "batch" and [word for word in words if word.startswith("s3://")] == words[:2] and {word for word in words if word.startswith("-")} <= options
-    assert job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "the head lists and counts, which needs no core of Ray's"
-    assert re.search(rf"^ray(\[.*\])?=={re.escape(job['rayClusterSpec']['rayVersion'])} ", (ROOT / "requirements.lock").read_text(), re.M), "the images' Ray"
+    assert (
+        verb == "batch"
+        and [word for word in words if word.startswith("s3://")] == words[:2]
+        and {word for word in words if word.startswith("-")} <= options
+    )
+    assert job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", (
+        "the head lists and counts, which needs no core of Ray's"
+    )
+    assert re.search(
+        rf"^ray(\[.*\])?=={re.escape(job['rayClusterSpec']['rayVersion'])} ",
+        (ROOT / "requirements.lock").read_text(),
+        re.M,
+    ), "the images' Ray"
 
 
 def test_the_service_on_ray_is_one_that_its_nodes_can_hold(rendered, home):
     service = named(rendered["ray"], "RayService", "srsys")["spec"]
     config, (workers,) = yaml.safe_load(service["serveConfigV2"]), service["rayClusterConfig"]["workerGroupSpecs"]
-    app, = config["applications"]
+    (app,) = config["applications"]
     assert app["import_path"] == "srsys.cli.main:on_ray"
     deployment, pod = main.on_ray(app["args"])._bound_deployment, workers["template"]["spec"]
     limits, needs = pod["containers"][0]["resources"]["limits"], deployment.ray_actor_options
-    assert (needs["num_cpus"], needs["num_gpus"]) == (int(limits["cpu"]), int(limits["nvidia.com/gpu"])) and app["args"]["most"] == workers["maxReplicas"]
-    assert pod["terminationGracePeriodSeconds"] >= DRAIN + 10 and config["http_options"]["port"] in [port["containerPort"] for port in pod["containers"][0]["ports"]]
+    assert (needs["num_cpus"], needs["num_gpus"]) == (int(limits["cpu"]), int(limits["nvidia.com/gpu"])) and app[
+        "args"
+    ]["most"] == workers["maxReplicas"]
+    assert pod["terminationGracePeriodSeconds"] >= DRAIN + 10 and config["http_options"]["port"] in [
+        port["containerPort"] for port in pod["containers"][0]["ports"]
+    ]
 
 
 def test_of_several_ranks_one_talks_to_mlflow(home, monkeypatch):
     "By the variable that torchrun, and so the Job, sets for each of its processes."
-    config, settings = TrainConfig("ranks-x2", 2, Compact(8, 1, width=16)), SimpleNamespace(home=home, tracking_uri=None)
+    config, settings = (
+        TrainConfig("ranks-x2", 2, Compact(8, 1, width=16)),
+        SimpleNamespace(home=home, tracking_uri=None),
+    )
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         with track_training(settings, config, home / "runs") as track:

@@ -1,4 +1,5 @@
 """The server against its own OpenAPI document: whatever schemathesis thinks of is answered as the document says."""
+
 import io
 from collections import Counter
 
@@ -20,7 +21,9 @@ def picture(side):
 
 def test_schemathesis_finds_no_violation(served):
     for kind in ("png", "jpeg", "webp", "tiff", "avif", "bmp", "gif"):  # what a picture is; everything else it makes up
-        schemathesis.openapi.media_type(f"image/{kind}", strategies.sampled_from([picture(side) for side in (1, 8, 20)]))
+        schemathesis.openapi.media_type(
+            f"image/{kind}", strategies.sampled_from([picture(side) for side in (1, 8, 20)])
+        )
     tried = Counter()
 
     def check(case):
@@ -31,8 +34,18 @@ def test_schemathesis_finds_no_violation(served):
     for found in schemathesis.openapi.from_url(served.page + "/openapi.json").get_all_operations():
         operation = found.ok()
         for mode in [GenerationMode.POSITIVE, GenerationMode.NEGATIVE][: 2 if operation.method == "post" else 1]:
-            few = settings(max_examples=40 if operation.method == "post" else 3, derandomize=True, deadline=None, database=None,
-                           phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+            few = settings(
+                max_examples=40 if operation.method == "post" else 3,
+                derandomize=True,
+                deadline=None,
+                database=None,
+                phases=[Phase.explicit, Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
             few(given(case=operation.as_strategy(generation_mode=mode))(check))()
     print(*[f"{label}: {n} × {code}" for (label, code), n in sorted(tried.items())], sep="\n")
-    assert tried["POST /v1/restore", 200] > 10 and tried["POST /v1/restore", 422] + tried["POST /v1/restore", 415] > 10 and tried["POST /v1/feedback", 201] > 10
+    assert (
+        tried["POST /v1/restore", 200] > 10
+        and tried["POST /v1/restore", 422] + tried["POST /v1/restore", 415] > 10
+        and tried["POST /v1/feedback", 201] > 10
+    )

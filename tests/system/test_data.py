@@ -1,4 +1,5 @@
 """`srsys data` as a process, against servers that stall, lie and change, archives that mean harm, and a kill in the middle."""
+
 import hashlib
 import io
 import json
@@ -22,9 +23,9 @@ from PIL import Image
 from skimage import data as photos
 
 from srsys.data.datasets import DataError, check_dataset, dataset_pictures
-from srsys.files import FetchError, download
-from srsys.data.leaks import find_copies, build_index, read_grey
+from srsys.data.leaks import build_index, find_copies, read_grey
 from srsys.data.patches import ShardedTiles
+from srsys.files import FetchError, download
 
 pytestmark = pytest.mark.timeout(300)  # each start reads NumPy and SciPy, which takes a while on a busy machine
 SRSYS = Path(sys.executable).with_name("srsys")
@@ -62,11 +63,19 @@ def tarred(entries):
 
 CAT = photos.chelsea()
 CATS = tarred({"HR/chelsea.png": png(CAT)})
-STREET = zipped({"street/a.png": png(photos.astronaut()), "street/b.png": png(photos.coffee()), "street/c.png": png(photos.rocket()), "street/d.jpg": png(photos.camera(), "JPEG")})
+STREET = zipped(
+    {
+        "street/a.png": png(photos.astronaut()),
+        "street/b.png": png(photos.coffee()),
+        "street/c.png": png(photos.rocket()),
+        "street/d.jpg": png(photos.camera(), "JPEG"),
+    }
+)
 
 
 class Mirror(ThreadingHTTPServer):
     "A server of `files`, with a list of `faults` for the answers to come; `asked` are the ranges that were."
+
     daemon_threads = True
     block_on_close = False
 
@@ -89,18 +98,27 @@ class Answer(BaseHTTPRequestHandler):
         if start >= len(content):
             return self.send_error(416)
         self.send_response(200 if whole else 206)
-        self.send_header("Content-Length", str(len(content) - start + (1000 if "longer" in fault else -1000 if "shorter" in fault else 0)))
+        self.send_header(
+            "Content-Length",
+            str(len(content) - start + (1000 if "longer" in fault else -1000 if "shorter" in fault else 0)),
+        )
         self.send_header("ETag", etag)
         if not whole:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         rest = content[start:]
-        self.wfile.write(bytes(len(rest)) if "wrong" in fault else rest[:len(rest) // 2] if "half" in fault or "stall" in fault or "wait" in fault else rest)
+        self.wfile.write(
+            bytes(len(rest))
+            if "wrong" in fault
+            else rest[: len(rest) // 2]
+            if "half" in fault or "stall" in fault or "wait" in fault
+            else rest
+        )
         if "stall" in fault:
             time.sleep(3)
         if "wait" in fault:
             self.server.goes_on.wait(60)
-            self.wfile.write(rest[len(rest) // 2:])
+            self.wfile.write(rest[len(rest) // 2 :])
 
     def log_message(self, *_):
         pass
@@ -120,14 +138,44 @@ def mirror(tmp_path):
 @pytest.fixture
 def start(mirror, tmp_path, home):
     "`srsys data …` with this mirror's catalog."
+
     def begin(*args, name="street.zip", sources=2, **options):
-        entries = [{"name": name, "url": f"{mirror.url}/{name}", "sha256": hashlib.sha256(mirror.files[name]).hexdigest(), "sources": sources, "set": "street", "split": "train", "holdout": 4},
-                   {"name": "cats.tgz", "url": f"{mirror.url}/cats.tgz", "sources": 0, "set": "cats", "split": "benchmark", "pictures": 1}]
+        entries = [
+            {
+                "name": name,
+                "url": f"{mirror.url}/{name}",
+                "sha256": hashlib.sha256(mirror.files[name]).hexdigest(),
+                "sources": sources,
+                "set": "street",
+                "split": "train",
+                "holdout": 4,
+            },
+            {
+                "name": "cats.tgz",
+                "url": f"{mirror.url}/cats.tgz",
+                "sources": 0,
+                "set": "cats",
+                "split": "benchmark",
+                "pictures": 1,
+            },
+        ]
         catalog = tmp_path / "catalog.toml"
         if not catalog.exists():
-            catalog.write_text("\n".join("[[dataset]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in entry.items()) for entry in entries))
+            catalog.write_text(
+                "\n".join(
+                    "[[dataset]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in entry.items()) for entry in entries
+                )
+            )
         env = os.environ | {"SRSYS_CATALOG": str(catalog), "SRSYS_HOME": str(home)}
-        return subprocess.Popen([SRSYS, "data", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
+        return subprocess.Popen(
+            [SRSYS, "data", *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            **options,
+        )
+
     return begin
 
 
@@ -138,6 +186,7 @@ def run(start):
         out, err = process.communicate(timeout=200)
         assert "Traceback" not in err, err
         return process.returncode, out, err
+
     return finish
 
 
@@ -152,14 +201,39 @@ def left(folder):
     return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("faults, asked", [
-    (["stall", "half", "half"], ["bytes="] * 3), (["longer"], ["bytes="]), (["shorter"], ["bytes="]), (["half", "no ranges longer"], ["bytes=", "bytes="]), (["half", "wrong"], ["bytes=", None])])
+@pytest.mark.parametrize(
+    "faults, asked",
+    [
+        (["stall", "half", "half"], ["bytes="] * 3),
+        (["longer"], ["bytes="]),
+        (["shorter"], ["bytes="]),
+        (["half", "no ranges longer"], ["bytes=", "bytes="]),
+        (["half", "wrong"], ["bytes=", None]),
+    ],
+)
 def test_a_bad_line_gets_there(mirror, tmp_path, faults, asked):
     mirror.faults = list(faults)
-    got = download(f"{mirror.url}/street.zip", tmp_path / "street.zip", hashlib.sha256(STREET).hexdigest(), size=len(STREET), timeout=.5, pause=.01) if faults != ["half", "wrong"] else None
+    got = (
+        download(
+            f"{mirror.url}/street.zip",
+            tmp_path / "street.zip",
+            hashlib.sha256(STREET).hexdigest(),
+            size=len(STREET),
+            timeout=0.5,
+            pause=0.01,
+        )
+        if faults != ["half", "wrong"]
+        else None
+    )
     if got is None:  # a wrong second half is found by the digest; what was kept is not
         with pytest.raises(FetchError, match="expected SHA-256"):
-            download(f"{mirror.url}/street.zip", tmp_path / "street.zip", hashlib.sha256(STREET).hexdigest(), timeout=.5, pause=.01)
+            download(
+                f"{mirror.url}/street.zip",
+                tmp_path / "street.zip",
+                hashlib.sha256(STREET).hexdigest(),
+                timeout=0.5,
+                pause=0.01,
+            )
         assert not left(tmp_path)
         got = download(f"{mirror.url}/street.zip", tmp_path / "street.zip", hashlib.sha256(STREET).hexdigest())
     assert got.read_bytes() == STREET and left(tmp_path) == ["street.zip"] and not mirror.faults
@@ -178,7 +252,7 @@ def test_a_file_that_changes_meanwhile_is_not_glued(mirror, tmp_path):
 def test_nothing_comes_of_a_server_that_only_stalls(mirror, tmp_path):
     mirror.faults, begun = ["stall", "stall no ranges", "stall no ranges"], time.monotonic()
     with pytest.raises(FetchError, match="timed out"):
-        download(f"{mirror.url}/street.zip", tmp_path / "street.zip", timeout=.2, attempts=3, pause=.01)
+        download(f"{mirror.url}/street.zip", tmp_path / "street.zip", timeout=0.2, attempts=3, pause=0.01)
     assert time.monotonic() - begun < 10 and left(tmp_path) == ["street.zip.part", "street.zip.part.from"]
 
 
@@ -193,8 +267,15 @@ def test_killed_in_the_middle_it_goes_on(mirror, start, run, home):
     assert size < len(STREET)
     status, output, errors = run("fetch", "street", "--json")
     assert status == 0, errors
-    assert mirror.asked == [None, f"bytes={size}-"] and json.loads(output)[0]["pictures"] == {"train": 3, "validation": 1}
-    assert left(home / "data/street") == ["about.json", "manifest.jsonl", *(f"street/street/{n}" for n in ("a.png", "b.png", "c.png", "d.jpg"))]
+    assert mirror.asked == [None, f"bytes={size}-"] and json.loads(output)[0]["pictures"] == {
+        "train": 3,
+        "validation": 1,
+    }
+    assert left(home / "data/street") == [
+        "about.json",
+        "manifest.jsonl",
+        *(f"street/street/{n}" for n in ("a.png", "b.png", "c.png", "d.jpg")),
+    ]
     assert run("fetch", "street")[0] == 0 and len(mirror.asked) == 2  # once more: there is nothing to do
 
 
@@ -206,17 +287,29 @@ def test_two_at_once_fetch_it_once(mirror, start, home):
     mirror.goes_on.set()
     for process in both:
         output, errors = process.communicate(timeout=200)
-        assert process.returncode == 0 and "3 train, 1 validation" in output or "1 validation, 3 train" in output, errors
+        assert process.returncode == 0 and "3 train, 1 validation" in output or "1 validation, 3 train" in output, (
+            errors
+        )
     assert mirror.asked == [None] and check_dataset(home / "data/street").sound
 
 
 def test_from_a_name_to_tiles(mirror, run, home, tmp_path):
     crop = CAT[80:240, 100:260]
-    mirror.files["street.zip"] = zipped({"street/a.png": png(photos.astronaut()), "street/b.png": png(photos.coffee()), "street/cat.jpg": png(crop, "JPEG")})
+    mirror.files["street.zip"] = zipped(
+        {
+            "street/a.png": png(photos.astronaut()),
+            "street/b.png": png(photos.coffee()),
+            "street/cat.jpg": png(crop, "JPEG"),
+        }
+    )
     status, output, errors = run("fetch", "street", "cats", "--timeout", 5)
     assert status == 1 and "fewer than two sources vouch for cats.tgz" in errors and output.startswith("street: ")
     status, output, errors = run("fetch", "cats", "street", "--accept")
-    assert status == 1 and errors.count("street/street/cat.jpg holds cats/chelsea.png") == 2 and len(errors.splitlines()) == 2
+    assert (
+        status == 1
+        and errors.count("street/street/cat.jpg holds cats/chelsea.png") == 2
+        and len(errors.splitlines()) == 2
+    )
     with pytest.raises(DataError, match="cat.jpg holds cats/chelsea.png"):
         dataset_pictures(home, "street")
     out = tmp_path / "tiles"
@@ -234,23 +327,34 @@ def test_from_a_name_to_tiles(mirror, run, home, tmp_path):
     assert status == 1 and found["street"]["changed"] == ["street/street/a.png"] and found["cats"]["sound"]
 
 
-@pytest.mark.parametrize("name, archive, says", [
-    ("up.zip", zipped({"../../../../evil.png": b"gotcha"}), "outside of its folder"),
-    ("root.zip", zipped({"/tmp/srsys-evil.png": b"gotcha"}), "outside of its folder"),
-    ("up.tgz", tarred({"a/../../evil.png": b"gotcha"}), "outside of its folder"),
-    ("link.tgz", tarred({"link": "2"}), "a link or a device"),
-    ("hard.tgz", tarred({"link": "1"}), "a link or a device"),
-    ("device.tgz", tarred({"null": "3"}), "a link or a device"),
-    ("bomb.zip", zipped({"zeros.png": bytes(40_000_000)}), "bytes come out of"),
-    ("bomb.tgz", tarred({"zeros.png": bytes(40_000_000)}), "bytes come out of"),
-    ("half.zip", STREET[:len(STREET) // 2], "cannot be unpacked"),
-    ("text.tgz", b"Dear Sir or Madam,", "cannot be unpacked"),
-])
+@pytest.mark.parametrize(
+    "name, archive, says",
+    [
+        ("up.zip", zipped({"../../../../evil.png": b"gotcha"}), "outside of its folder"),
+        ("root.zip", zipped({"/tmp/srsys-evil.png": b"gotcha"}), "outside of its folder"),
+        ("up.tgz", tarred({"a/../../evil.png": b"gotcha"}), "outside of its folder"),
+        ("link.tgz", tarred({"link": "2"}), "a link or a device"),
+        ("hard.tgz", tarred({"link": "1"}), "a link or a device"),
+        ("device.tgz", tarred({"null": "3"}), "a link or a device"),
+        ("bomb.zip", zipped({"zeros.png": bytes(40_000_000)}), "bytes come out of"),
+        ("bomb.tgz", tarred({"zeros.png": bytes(40_000_000)}), "bytes come out of"),
+        ("half.zip", STREET[: len(STREET) // 2], "cannot be unpacked"),
+        ("text.tgz", b"Dear Sir or Madam,", "cannot be unpacked"),
+    ],
+)
 def test_archives_that_mean_harm(mirror, home, name, archive, says):
     from srsys.data.datasets import dataset_catalog, fetch_dataset
+
     mirror.files[name] = archive
     toml = home.parent / "catalog.toml"
-    entry = {"name": name, "url": f"{mirror.url}/{name}", "sha256": hashlib.sha256(archive).hexdigest(), "sources": 9, "set": "harm", "split": "train"}
+    entry = {
+        "name": name,
+        "url": f"{mirror.url}/{name}",
+        "sha256": hashlib.sha256(archive).hexdigest(),
+        "sources": 9,
+        "set": "harm",
+        "split": "train",
+    }
     toml.write_text("[[dataset]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in entry.items()))
     with pytest.raises(FetchError, match=says):
         fetch_dataset("harm", home, sets=dataset_catalog(toml))
@@ -260,6 +364,7 @@ def test_archives_that_mean_harm(mirror, home, name, archive, says):
 
 def test_a_link_in_a_zip(tmp_path):
     from srsys.files import unpack
+
     link = zipfile.ZipInfo("link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as file:
@@ -289,5 +394,7 @@ def test_strangers_are_not_taken_for_a_benchmark_and_copies_are_found():
         picture = Image.open(path).convert("RGB")
         x, y = (int(rng.integers(n - 159)) for n in picture.size)
         piece = picture.crop((x, y, x + 160, y + 160)).resize((144, 144), Image.Resampling.BICUBIC)
-        found = find_copies(library, np.asarray(Image.open(io.BytesIO(png(np.asarray(piece), "JPEG"))).convert("L"), np.float32))
+        found = find_copies(
+            library, np.asarray(Image.open(io.BytesIO(png(np.asarray(piece), "JPEG"))).convert("L"), np.float32)
+        )
         assert [copy.name for copy in found] == [path], path

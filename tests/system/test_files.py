@@ -1,4 +1,5 @@
 """Files that no notebook holds: PngSuite, whole and broken, and what strangers pass off as pictures."""
+
 import io
 import os
 import random
@@ -47,15 +48,16 @@ def test_pngsuite_good_files_have_the_right_pixels():
             expected = np.asarray(image)[..., None] if deep_grey else np.asarray(image.convert("RGBA"))
         found, bands = picture.pixels, {1: [0], 2: [0, 3], 3: [0, 1, 2], 4: [0, 1, 2, 3]}[picture.bands]
         if picture.depth == 16 or path.stem == "tbbn0g04":  # where Pillow does not see what is transparent
-            bands = bands[:picture.header.colours]
+            bands = bands[: picture.header.colours]
         if picture.depth == 16 and not deep_grey:  # of which Pillow keeps the upper half
             found = found >> 8
-        assert np.array_equal(found[..., :len(bands)], expected[..., bands]), path.name
+        assert np.array_equal(found[..., : len(bands)], expected[..., bands]), path.name
 
 
 def png(width, height, pixels=b""):
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
@@ -64,14 +66,14 @@ def huge_files():
     yield "png", png(40_000, 40_000)
     small = encoded(data.astronaut()[:8, :8], "JPEG")
     i = small.index(b"\xff\xc0")
-    yield "jpeg", small[:i + 5] + struct.pack(">HH", 40_000, 40_000) + small[i + 9:]
+    yield "jpeg", small[: i + 5] + struct.pack(">HH", 40_000, 40_000) + small[i + 9 :]
     small = bytearray(encoded(data.astronaut()[:8, :8], "BMP"))
     small[18:26] = struct.pack("<ii", 40_000, 40_000)
     yield "bmp", bytes(small)
     small = encoded(data.astronaut()[:8, :8], "TIFF")
     for tag in (256, 257):
         i = small.index(struct.pack("<HHI", tag, 4, 1))
-        small = small[:i + 8] + struct.pack("<I", 40_000) + small[i + 12:]
+        small = small[: i + 8] + struct.pack("<I", 40_000) + small[i + 12 :]
     yield "tiff", small
 
 
@@ -81,11 +83,25 @@ def test_forty_thousand_squared_costs_nothing():
             open_picture(file, f"bomb.{kind}")
 
 
-@pytest.mark.parametrize("content", [
-    b"Dear Sir or Madam,\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", b"%PDF-1.7\n", b"<svg/>",
-    b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", b"1 2 3\n4 5 6\n", b"P6\n1 1\n255\nabc",
-    b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), b"\x08\xf2\xa6\xb6" + bytes(64), b"\xb6\xa6\xf2\x08" + bytes(64), bytes(100), b"BM",
-    b"8BPS\0\1" + bytes(64), b"\0\0\1\0\1\0" + bytes(64)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"Dear Sir or Madam,\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        b"%PDF-1.7\n",
+        b"<svg/>",
+        b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+        b"1 2 3\n4 5 6\n",
+        b"P6\n1 1\n255\nabc",
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64),
+        b"\x08\xf2\xa6\xb6" + bytes(64),
+        b"\xb6\xa6\xf2\x08" + bytes(64),
+        bytes(100),
+        b"BM",
+        b"8BPS\0\1" + bytes(64),
+        b"\0\0\1\0\1\0" + bytes(64),
+    ],
+)
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_other_files_are_refused_whatever_they_are_called(tmp_path, content, suffix):
     path = tmp_path / f"picture.{suffix}"
@@ -108,7 +124,7 @@ def test_damage_is_an_image_error_or_no_damage(format):
         damaged = bytearray(whole)
         for _ in range(chance.randrange(1, 6)):
             damaged[chance.randrange(len(damaged) if chance.random() < 0.5 else 80)] = chance.randrange(256)
-        damaged = bytes(damaged[:chance.randrange(1, len(damaged))]) if chance.random() < 0.3 else bytes(damaged)
+        damaged = bytes(damaged[: chance.randrange(1, len(damaged))]) if chance.random() < 0.3 else bytes(damaged)
         try:
             picture = open_picture(damaged, "damaged", max_pixels=1_000_000)
         except ImageError as error:
@@ -147,7 +163,9 @@ def test_memory_is_bounded(tmp_path):
     with RowWriter(tmp_path / "large.png", header) as writer:
         for _ in range(12):
             writer.write(stripe[:500])
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "large.png", tmp_path / "copy.png"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "large.png", tmp_path / "copy.png"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100
     with open_rows(tmp_path / "copy.png") as reader:

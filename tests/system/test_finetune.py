@@ -2,6 +2,7 @@
 
 The weights are random, at the official shapes, wrapped as their authors wrap them; the real compact file is read where the development files are.
 """
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,13 @@ import pytest
 import torch
 from skimage import data
 
-from srsys.models import weights
-from srsys.train import configs
-from srsys.degrade.operations import bicubic_downscale
+from srsys.data.patches import InMemoryPatches
+from srsys.degrade.resize import bicubic_downscale
 from srsys.image import Picture, encode_picture, open_picture
+from srsys.models import weights
 from srsys.registry.store import Store, register, resolve
 from srsys.restore.restorer import Restorer
-from srsys.data.patches import InMemoryPatches
+from srsys.train import configs
 from srsys.train.loop import TrainingProgress, fit, make_fabric, set_up_run, validation_pairs
 
 REAL = Path(__file__).resolve().parents[3] / "shared/weights/realesr-general-x4v3.from_ncnn_fp16.pth"
@@ -35,14 +36,18 @@ def album():
 
 
 class Losses(TrainingProgress):
-    def __init__(self): self.curve = []
-    def step(self, step, losses): self.curve.append(losses["l1"])
+    def __init__(self):
+        self.curve = []
+
+    def step(self, step, losses):
+        self.curve.append(losses["l1"])
 
 
 def checkpoint_of(kind, folder):
     "A file as its authors publish it."
     if kind == "compact":
-        if not REAL.exists(): pytest.skip(f"needs {REAL}")
+        if not REAL.exists():
+            pytest.skip(f"needs {REAL}")
         return REAL
     torch.manual_seed(0)
     config, wrapper = KINDS[kind]
@@ -60,11 +65,24 @@ def home(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_fine_tuned_and_registered(kind, album, home, tmp_path):
     path, picture = checkpoint_of(kind, tmp_path), Picture(data.astronaut()[:24, :32])
-    with pytest.raises(weights.WeightsError, match="--trust"): weights.load(path)
+    with pytest.raises(weights.WeightsError, match="--trust"):
+        weights.load(path)
     start = weights.load(path, trust=True)
     assert start.scale == 4 and Restorer(start, "cpu", "float32").restore(picture).pixels.shape == (96, 128, 3)
 
-    config = replace(KINDS[kind][0], name=f"{kind}-tuned", steps=20, batch=2, patch=16, lr=1e-4, halve_at=(), recipe=None, start=str(path), precision="32-true", validate_every=20)
+    config = replace(
+        KINDS[kind][0],
+        name=f"{kind}-tuned",
+        steps=20,
+        batch=2,
+        patch=16,
+        lr=1e-4,
+        halve_at=(),
+        recipe=None,
+        start=str(path),
+        precision="32-true",
+        validate_every=20,
+    )
     run, seen = set_up_run(config, make_fabric(config, "cpu"), start), Losses()
     fit(run, album, validation_pairs([data.chelsea()[:96, :96]], config), tmp_path / "run.ckpt", seen)
     assert len(seen.curve) == 20 and np.mean(seen.curve[-5:]) < np.mean(seen.curve[:5]), seen.curve
@@ -75,7 +93,8 @@ def test_a_checkpoint_is_fine_tuned_and_registered(kind, album, home, tmp_path):
     again = weights.load(tuned)
     assert again.architecture == start.architecture and again.parameters == start.parameters
     lr = torch.from_numpy(bicubic_downscale(data.astronaut()[:64, :64], 4)).permute(2, 0, 1)[None] / 255
-    with torch.inference_mode(): assert torch.allclose(again.net(lr), best.eval()(lr), atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(again.net(lr), best.eval()(lr), atol=1e-5)
     version = register(Store(home), tuned)
     assert resolve(f"{kind}-tuned", Store(home)).label == version.label == f"srsys-{kind}-tuned/1"
 
@@ -87,7 +106,12 @@ def test_the_api_serves_what_was_fine_tuned(serve, home):
     tuned = [name for name in offered if name.endswith("-tuned")]
     assert len(tuned) >= 3, offered
     for name in tuned:
-        answer = httpx.post(page + "/v1/restore", files={"file": ("a.png", encode_picture(Picture(data.astronaut()[:24, :32])))}, data={"model": name}, timeout=120)
+        answer = httpx.post(
+            page + "/v1/restore",
+            files={"file": ("a.png", encode_picture(Picture(data.astronaut()[:24, :32])))},
+            data={"model": name},
+            timeout=120,
+        )
         assert answer.status_code == 200, answer.text
         assert answer.headers["X-Model-Version"] == f"srsys-{name}/1"
         assert open_picture(answer.content).pixels.shape == (96, 128, 3)

@@ -1,4 +1,5 @@
 """Other people's networks at their published sizes, from the authors' kind of file to the page's API."""
+
 import hashlib
 import io
 import json
@@ -16,26 +17,35 @@ from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
 
-from srsys.models import external, weights
-from srsys.train import configs
 from srsys.cli.main import main
 from srsys.files import sha256
 from srsys.image import Picture, open_picture
+from srsys.models import external, weights
 from srsys.registry.store import Store, register_shipped, resolve
 from srsys.restore.restorer import Restorer
+from srsys.train import configs
 
 pytestmark = pytest.mark.timeout(600)  # sixty-seven megabytes each, on a machine that may be busy
 SMALL = np.ascontiguousarray(data.astronaut()[60:80, 200:224])
 REAL = Path(__file__).resolve().parents[3] / "shared/weights/realesr-general-x4v3.from_ncnn_fp16.pth"
-NAMES = {"model.0.": "conv_first.", "model.1.sub.23.": "conv_body.", "model.3.": "conv_up1.", "model.6.": "conv_up2.",
-         "model.8.": "conv_hr.", "model.10.": "conv_last."}  # ESRGAN's, and what Real-ESRGAN calls them
+NAMES = {
+    "model.0.": "conv_first.",
+    "model.1.sub.23.": "conv_body.",
+    "model.3.": "conv_up1.",
+    "model.6.": "conv_up2.",
+    "model.8.": "conv_hr.",
+    "model.10.": "conv_last.",
+}  # ESRGAN's, and what Real-ESRGAN calls them
 
 
 def as_real_esrgan(state):
     "An RRDBNet's weights by the names that Real-ESRGAN's files have."
-    state = {re.sub(r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"body.\1.rdb\2.conv\3", name): value for name, value in state.items()}
+    state = {
+        re.sub(r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"body.\1.rdb\2.conv\3", name): value
+        for name, value in state.items()
+    }
     for ours, theirs in NAMES.items():
-        state = {theirs + name[len(ours):] if name.startswith(ours) else name: value for name, value in state.items()}
+        state = {theirs + name[len(ours) :] if name.startswith(ours) else name: value for name, value in state.items()}
     return state
 
 
@@ -44,9 +54,11 @@ def checkpoints(tmp_path_factory):
     "Files as the authors publish them, by the name of the model."
     folder = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
-    made = {"swinir-m-x4": {"params": external.swinir(4).state_dict()},
-            "swinir-light-x2": {"params": configs.swinir_light(2).network.build(2).state_dict()},
-            "rrdbnet-x4": {"params_ema": as_real_esrgan(external.rrdbnet(4).state_dict())}}
+    made = {
+        "swinir-m-x4": {"params": external.swinir(4).state_dict()},
+        "swinir-light-x2": {"params": configs.swinir_light(2).network.build(2).state_dict()},
+        "rrdbnet-x4": {"params_ema": as_real_esrgan(external.rrdbnet(4).state_dict())},
+    }
     for name, content in made.items():
         torch.save(content, folder / f"{name}.pth")
     return {name: folder / f"{name}.pth" for name in made} | ({"realesr-x4": REAL} if REAL.exists() else {})
@@ -59,8 +71,18 @@ def converted(checkpoints, tmp_path_factory):
     return {name: external.convert_checkpoint(path, folder, name, trust=True) for name, path in checkpoints.items()}
 
 
-@pytest.mark.parametrize("name, parameters, block", [("swinir-m-x4", 11_900_199, 16), ("swinir-light-x2", 910_152, 16), ("rrdbnet-x4", 16_697_987, 2), ("realesr-x4", 1_213_296, 1)])
-def test_a_checkpoint_is_refused_then_trusted_restores_and_is_the_same_in_our_kind_of_file(checkpoints, converted, name, parameters, block):
+@pytest.mark.parametrize(
+    "name, parameters, block",
+    [
+        ("swinir-m-x4", 11_900_199, 16),
+        ("swinir-light-x2", 910_152, 16),
+        ("rrdbnet-x4", 16_697_987, 2),
+        ("realesr-x4", 1_213_296, 1),
+    ],
+)
+def test_a_checkpoint_is_refused_then_trusted_restores_and_is_the_same_in_our_kind_of_file(
+    checkpoints, converted, name, parameters, block
+):
     if name not in checkpoints:
         pytest.skip(f"needs {REAL.name} among the shared weights")
     path = checkpoints[name]
@@ -75,8 +97,15 @@ def test_a_checkpoint_is_refused_then_trusted_restores_and_is_the_same_in_our_ki
 
 def test_the_authors_names_are_kept(converted):
     keys = {name: set(weights.read_weights(path)[0]) for name, path in converted.items()}
-    assert len(keys["rrdbnet-x4"]) == 702 and "body.22.rdb3.conv5.bias" in keys["rrdbnet-x4"] and "conv_up2.weight" in keys["rrdbnet-x4"]
-    assert "layers.5.residual_group.blocks.5.attn.relative_position_bias_table" in keys["swinir-m-x4"] and "conv_before_upsample.0.weight" in keys["swinir-m-x4"]
+    assert (
+        len(keys["rrdbnet-x4"]) == 702
+        and "body.22.rdb3.conv5.bias" in keys["rrdbnet-x4"]
+        and "conv_up2.weight" in keys["rrdbnet-x4"]
+    )
+    assert (
+        "layers.5.residual_group.blocks.5.attn.relative_position_bias_table" in keys["swinir-m-x4"]
+        and "conv_before_upsample.0.weight" in keys["swinir-m-x4"]
+    )
     assert "upsample.0.weight" in keys["swinir-light-x2"] and "conv_last.weight" not in keys["swinir-light-x2"]
 
 
@@ -86,7 +115,10 @@ def test_a_checkpoint_of_another_size_is_told_in_a_few_lines(checkpoints):
         external.initialise_from(external.swinir(2), content, "theirs.pth")
     lines = str(told.value).splitlines()
     assert 3 < len(lines) <= 13 and "theirs.pth does not fit" in lines[0]
-    assert any(re.search(r"another shape: conv_first\.weight, \(60, 3, 3, 3\) where \(180, 3, 3, 3\) is wanted", line) for line in lines)
+    assert any(
+        re.search(r"another shape: conv_first\.weight, \(60, 3, 3, 3\) where \(180, 3, 3, 3\) is wanted", line)
+        for line in lines
+    )
     assert any("missing: conv_last" in line for line in lines)
 
 
@@ -100,11 +132,16 @@ def test_registered_they_are_served_and_can_be_trained(converted, tmp_path, serv
 
     running = serve(tmp_path / "home")
     listed = {model["name"]: model for model in httpx.get(running.page + "/v1/models").json()["models"]}
-    assert set(converted) < set(listed) and listed["swinir-m-x4"]["seconds_per_megapixel"] > listed["fast-x4"]["seconds_per_megapixel"]
+    assert (
+        set(converted) < set(listed)
+        and listed["swinir-m-x4"]["seconds_per_megapixel"] > listed["fast-x4"]["seconds_per_megapixel"]
+    )
     file = io.BytesIO()
     Image.fromarray(SMALL).save(file, "PNG")
     for name in converted:
-        answer = httpx.post(running.page + "/v1/restore", files={"file": ("a.png", file.getvalue())}, data={"model": name}, timeout=200)
+        answer = httpx.post(
+            running.page + "/v1/restore", files={"file": ("a.png", file.getvalue())}, data={"model": name}, timeout=200
+        )
         assert answer.status_code == 200, answer.text
         assert answer.headers["x-model-version"] == f"srsys-{name}/1"
         assert open_picture(answer.content).width == 24 * listed[name]["scale"]
@@ -112,7 +149,9 @@ def test_registered_they_are_served_and_can_be_trained(converted, tmp_path, serv
 
 
 def run(home, *args, **environment):
-    done = CliRunner().invoke(main, [str(arg) for arg in args], env={"SRSYS_HOME": str(home), "MLFLOW_TRACKING_URI": None, **environment})
+    done = CliRunner().invoke(
+        main, [str(arg) for arg in args], env={"SRSYS_HOME": str(home), "MLFLOW_TRACKING_URI": None, **environment}
+    )
     return done.exit_code, done.stdout, done.stderr
 
 
@@ -120,7 +159,20 @@ def test_import_at_the_command_line(checkpoints, tmp_path):
     file = checkpoints["swinir-light-x2"]
     status, _, said = run(tmp_path, "models", "import", file)
     assert status == 1 and f"--trust {sha256(file)}" in said and len(said.splitlines()) == 1
-    status, output, _ = run(tmp_path, "models", "import", file, "--trust", sha256(file), "--name", "mine-x2", "--terms", "CC0", "-o", tmp_path / "out")
+    status, output, _ = run(
+        tmp_path,
+        "models",
+        "import",
+        file,
+        "--trust",
+        sha256(file),
+        "--name",
+        "mine-x2",
+        "--terms",
+        "CC0",
+        "-o",
+        tmp_path / "out",
+    )
     assert status == 0 and Path(output.strip()) == tmp_path / "out/mine-x2.safetensors"
     card = weights.load(tmp_path / "out/mine-x2.safetensors").card
     assert (card.name, card.architecture, card.scale, card.terms) == ("mine-x2", "swinir", 2, "CC0")
@@ -134,18 +186,39 @@ def test_fetch_at_the_command_line(checkpoints, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     entry = '[[checkpoint]]\nname = "{0}.pth"\nregister = "{0}"\nurl = "http://127.0.0.1:{1}/{2}"\nsources = {3}\nscale = 2\nlicence = "MIT"\n{4}\n'
     digest, wrong = f'sha256 = "{sha256(file)}"', f'sha256 = "{hashlib.sha256(b"").hexdigest()}"'
-    (tmp_path / "catalog.toml").write_text("".join(entry.format(name, server.server_port, file.name, sources, line) for name, sources, line in
-                                                   (("sure-x2", 2, digest), ("hearsay-x2", 1, digest), ("rumour-x2", 0, ""), ("forged-x2", 2, wrong))))
+    (tmp_path / "catalog.toml").write_text(
+        "".join(
+            entry.format(name, server.server_port, file.name, sources, line)
+            for name, sources, line in (
+                ("sure-x2", 2, digest),
+                ("hearsay-x2", 1, digest),
+                ("rumour-x2", 0, ""),
+                ("forged-x2", 2, wrong),
+            )
+        )
+    )
     fetch = partial(run, tmp_path / "home", "models", "fetch", SRSYS_CATALOG=str(tmp_path / "catalog.toml"))
     try:
         status, output, said = fetch("sure-x2", "--register")
-        assert status == 0 and output.split() == [str(tmp_path / "home/weights/sure-x2.pth"), sha256(file), "srsys-sure-x2/1"], said
+        assert status == 0 and output.split() == [
+            str(tmp_path / "home/weights/sure-x2.pth"),
+            sha256(file),
+            "srsys-sure-x2/1",
+        ], said
         assert fetch("sure-x2", "--register", "--json")[0] == 0
         found = resolve("sure-x2", Store(tmp_path / "home"))
         assert (found.label, found.model.card.terms, found.version.status) == ("srsys-sure-x2/1", "MIT", "bootstrap")
-        for name, why in (("hearsay-x2", "only one source states its digest"), ("rumour-x2", "nobody states its digest")):
+        for name, why in (
+            ("hearsay-x2", "only one source states its digest"),
+            ("rumour-x2", "nobody states its digest"),
+        ):
             status, _, said = fetch(name)
-            assert status == 1 and why in said and "--accept" in said and not (tmp_path / f"home/weights/{name}.pth").exists()
+            assert (
+                status == 1
+                and why in said
+                and "--accept" in said
+                and not (tmp_path / f"home/weights/{name}.pth").exists()
+            )
         assert fetch("hearsay-x2", "--accept")[0] == 0 and fetch("rumour-x2", "--trust", sha256(file))[0] == 0
         status, _, said = fetch("forged-x2")
         assert status == 1 and "SHA-256" in said and not list((tmp_path / "home/weights").glob("forged*"))

@@ -1,4 +1,5 @@
 """What strangers send, to a real server: broken and forged files, bombs, endless forms, names that are headers. It answers, does not grow, and goes on."""
+
 import http.client
 import io
 import random
@@ -39,7 +40,10 @@ class Target:
     "A server, what it answered so far, and how much it has grown since."
 
     def __init__(self, served):
-        self.client, self.process = httpx.Client(base_url=served.page, timeout=PATIENCE), psutil.Process(served.process.pid)
+        self.client, self.process = (
+            httpx.Client(base_url=served.page, timeout=PATIENCE),
+            psutil.Process(served.process.pid),
+        )
         self.address, self.codes, self.slowest = (urlsplit(served.page).hostname, urlsplit(served.page).port), {}, 0.0
         for route in ROUTES:  # so that what is loaded on first use is not taken for growth
             for good in GOOD.values():
@@ -59,7 +63,9 @@ class Target:
         self.codes[answer.status_code] = self.codes.get(answer.status_code, 0) + 1
         assert answer.status_code in EXPECTED, (answer.status_code, answer.text)
         if answer.status_code != 200:
-            assert set(answer.json()) == {"error", "detail", "request_id"} and "\n" not in answer.json()["detail"], answer.text
+            assert set(answer.json()) == {"error", "detail", "request_id"} and "\n" not in answer.json()["detail"], (
+                answer.text
+            )
         return answer
 
     def still_well(self, said=""):
@@ -67,7 +73,9 @@ class Target:
         for route in ROUTES:
             assert self.post(route, GOOD["PNG"]).status_code == 200
         grown = self.memory() - self.size
-        print(f"{said}{sum(self.codes.values())} answers {dict(sorted(self.codes.items()))}, the slowest after {self.slowest:.1f} s, {grown:+.0f} MB")
+        print(
+            f"{said}{sum(self.codes.values())} answers {dict(sorted(self.codes.items()))}, the slowest after {self.slowest:.1f} s, {grown:+.0f} MB"
+        )
         assert grown < 300
 
 
@@ -90,7 +98,7 @@ def mutations(n, seed=0):
             whole = whole[: chance.randrange(len(whole))]
         else:
             other, at = GOOD[chance.choice(list(GOOD))], chance.randrange(4, 120)
-            whole = other[:at] + whole[chance.choice((at, 0, 2 * at)):]
+            whole = other[:at] + whole[chance.choice((at, 0, 2 * at)) :]
         yield f"{kind.lower()} {how}", bytes(whole)
 
 
@@ -151,9 +159,17 @@ def bombs():
     yield "icc.png", with_chunks(chunk(b"iCCP", b"profile\0\0" + zeros))
     yield "texts.png", with_chunks(*[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20), 9))] * 500)
     yield "words.png", with_chunks(chunk(b"tEXt", b"Comment\0" + b"a" * 25 * 2**20))
-    yield "pixels.png", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zeros)
+    yield (
+        "pixels.png",
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zeros),
+    )
     yield "tail.jpg", GOOD["JPEG"] + bytes(25 * 2**20)
-    yield "app.jpg", GOOD["JPEG"][:2] + (b"\xff\xe2\xff\xff" + b"ICC_PROFILE\0\1\1" + bytes(65519)) * 300 + GOOD["JPEG"][2:]
+    yield (
+        "app.jpg",
+        GOOD["JPEG"][:2] + (b"\xff\xe2\xff\xff" + b"ICC_PROFILE\0\1\1" + bytes(65519)) * 300 + GOOD["JPEG"][2:],
+    )
     yield from many_frames()
 
 
@@ -165,10 +181,15 @@ def test_bombs(target, route):
     target.still_well()
 
 
-STRANGE = {"picture.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file showpage\n", "picture.pdf": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\n%%EOF",
-           "picture.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><image href='http://127.0.0.1:1/x.png'/></svg>",
-           "picture.msl": b"<?xml version='1.0'?><image><read filename='/etc/passwd'/></image>", "picture.mvg": b"push graphic-context\nimage over 0,0 0,0 'http://127.0.0.1:1/'\n",
-           "picture.ppm": b"P6\n1 1\n255\nabc", "picture.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)}
+STRANGE = {
+    "picture.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file showpage\n",
+    "picture.pdf": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\n%%EOF",
+    "picture.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><image href='http://127.0.0.1:1/x.png'/></svg>",
+    "picture.msl": b"<?xml version='1.0'?><image><read filename='/etc/passwd'/></image>",
+    "picture.mvg": b"push graphic-context\nimage over 0,0 0,0 'http://127.0.0.1:1/'\n",
+    "picture.ppm": b"P6\n1 1\n255\nabc",
+    "picture.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64),
+}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -188,26 +209,48 @@ def field(name, body=b"", more=b""):
 
 
 FORMS = {
-    "a thousand fields": parts(*[field(b"f%d" % i) for i in range(1000)], field(b"file", GOOD["PNG"], b'; filename="a.png"')),
+    "a thousand fields": parts(
+        *[field(b"f%d" % i) for i in range(1000)], field(b"file", GOOD["PNG"], b'; filename="a.png"')
+    ),
     "a thousand files": parts(*[field(b"file", GOOD["PNG"], b'; filename="a.png"') for _ in range(1000)]),
-    "a head of 25 MB": parts(b"X-Long: " + b"a" * 25 * 2**20 + b"\r\n" + field(b"file", GOOD["PNG"], b'; filename="a.png"')),
+    "a head of 25 MB": parts(
+        b"X-Long: " + b"a" * 25 * 2**20 + b"\r\n" + field(b"file", GOOD["PNG"], b'; filename="a.png"')
+    ),
     "a field of 25 MB": parts(field(b"model", b"a" * 25 * 2**20), field(b"file", GOOD["PNG"], b'; filename="a.png"')),
     "25 MB that are no picture": parts(field(b"file", bytes(25 * 2**20), b'; filename="a.png"')),
     "25 MB that are no form": bytes(25 * 2**20),
     "nothing": b"",
     "no end": parts(field(b"file", GOOD["PNG"], b'; filename="a.png"'))[:-40],
 }
-BAD_NAMES = [b'a";\r\nSet-Cookie: x=y.png', b"../../../../etc/passwd", b"%0d%0aX-Evil: 1", b"a\0b.png", b"=?utf-8?q?x?=", "\u202egnp.exe\u0085".encode(), b"\xff\xfe.png", b"a" * 5000, b"", b"\r", b"CON"]
+BAD_NAMES = [
+    b'a";\r\nSet-Cookie: x=y.png',
+    b"../../../../etc/passwd",
+    b"%0d%0aX-Evil: 1",
+    b"a\0b.png",
+    b"=?utf-8?q?x?=",
+    "\u202egnp.exe\u0085".encode(),
+    b"\xff\xfe.png",
+    b"a" * 5000,
+    b"",
+    b"\r",
+    b"CON",
+]
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("announced", [True, False], ids=["with a length", "without"])
 def test_forms_that_are_too_much(target, route, announced):
     for what, body in FORMS.items():
-        content = body if announced else (body[i:i + 2**20] for i in range(0, len(body), 2**20))
-        answer = target.judged(lambda content=content: target.client.post(route, content=content, headers={"content-type": "multipart/form-data; boundary=x"}))
+        content = body if announced else (body[i : i + 2**20] for i in range(0, len(body), 2**20))
+        answer = target.judged(
+            lambda content=content: target.client.post(
+                route, content=content, headers={"content-type": "multipart/form-data; boundary=x"}
+            )
+        )
         assert answer.status_code != 200, what
-    assert target.judged(lambda: target.client.post(route, data={f"f{i}": "" for i in range(10_000)})).status_code == 415
+    assert (
+        target.judged(lambda: target.client.post(route, data={f"f{i}": "" for i in range(10_000)})).status_code == 415
+    )
     target.still_well()
 
 
@@ -215,8 +258,14 @@ def test_forms_that_are_too_much(target, route, announced):
 def test_file_names_never_become_headers(target, route):
     for name in BAD_NAMES:
         body = parts(field(b"file", GOOD["PNG"], b'; filename="' + name + b'"'))
-        answer = target.judged(lambda body=body: target.client.post(route, content=body, headers={"content-type": "multipart/form-data; boundary=x"}))
-        assert not {"set-cookie", "x-evil"} & set(answer.headers) and all(c.isprintable() for c in answer.headers.get("content-disposition", "")), name
+        answer = target.judged(
+            lambda body=body: target.client.post(
+                route, content=body, headers={"content-type": "multipart/form-data; boundary=x"}
+            )
+        )
+        assert not {"set-cookie", "x-evil"} & set(answer.headers) and all(
+            c.isprintable() for c in answer.headers.get("content-disposition", "")
+        ), name
     target.still_well()
 
 
@@ -225,7 +274,13 @@ def test_who_does_not_go_on_is_given_up(target):
     lines = []
     for route in ROUTES:
         head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n".encode()
-        for sent in (b"", head[:30], head, head + b"Content-Length: 5000\r\n\r\n--x\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n--x\r\n"):
+        for sent in (
+            b"",
+            head[:30],
+            head,
+            head + b"Content-Length: 5000\r\n\r\n--x\r\n",
+            head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n--x\r\n",
+        ):
             lines.append(socket.create_connection(target.address, PATIENCE))
             lines[-1].sendall(sent)
     said = [line.makefile("rb").read() for line in lines]
@@ -250,7 +305,16 @@ def test_a_length_that_is_a_lie(target):
 def upright(orientation):
     "How a picture with an EXIF orientation is to be seen."
     turned = SMALL.transpose(1, 0, 2) if orientation > 4 else SMALL
-    return {1: turned, 2: turned[:, ::-1], 3: turned[::-1, ::-1], 4: turned[::-1], 5: turned, 6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}[orientation]
+    return {
+        1: turned,
+        2: turned[:, ::-1],
+        3: turned[::-1, ::-1],
+        4: turned[::-1],
+        5: turned,
+        6: turned[:, ::-1],
+        7: turned[::-1, ::-1],
+        8: turned[::-1],
+    }[orientation]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -259,7 +323,10 @@ def test_every_orientation_pixel_by_pixel(target, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 51.0, 29.0), 3: "E", 4: (2.0, 17.0, 40.0)})
-    tagged, turned = target.post("/v1/restore", encoded(exif=exif)), target.post("/v1/restore", encoded(np.ascontiguousarray(upright(orientation))))
+    tagged, turned = (
+        target.post("/v1/restore", encoded(exif=exif)),
+        target.post("/v1/restore", encoded(np.ascontiguousarray(upright(orientation)))),
+    )
     assert np.array_equal(open_picture(tagged.content).pixels, open_picture(turned.content).pixels)
     found = Image.open(io.BytesIO(tagged.content)).getexif()
     assert not found.get_ifd(0x8825) and found.get(0x0112, 1) == 1
@@ -269,17 +336,21 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GREY = SMALL[..., 0].copy()
 
 
-@pytest.mark.parametrize("content, bands, depth", [
-    (encoded(icc_profile=SRGB), 3, 8),
-    (encoded(Image.fromarray(SMALL).convert("CMYK"), "JPEG"), 3, 8),
-    (encoded(Image.fromarray(SMALL).quantize(16), transparency=0), 4, 8),
-    (encoded(Image.fromarray(SMALL).quantize(16)), 3, 8),
-    (encoded(np.dstack([SMALL, GREY])), 4, 8),
-    (encoded(Image.fromarray(np.dstack([GREY, GREY[::-1]]))), 2, 8),
-    (encoded(Image.fromarray(GREY).convert("1")), 1, 8),
-    (encoded(GREY.astype(np.uint16) * 257), 1, 16),
-    (encoded(GREY), 1, 8),
-], ids=["ICC", "CMYK", "palette + tRNS", "palette", "RGBA", "LA", "1 bit", "16 bit", "grey"])
+@pytest.mark.parametrize(
+    "content, bands, depth",
+    [
+        (encoded(icc_profile=SRGB), 3, 8),
+        (encoded(Image.fromarray(SMALL).convert("CMYK"), "JPEG"), 3, 8),
+        (encoded(Image.fromarray(SMALL).quantize(16), transparency=0), 4, 8),
+        (encoded(Image.fromarray(SMALL).quantize(16)), 3, 8),
+        (encoded(np.dstack([SMALL, GREY])), 4, 8),
+        (encoded(Image.fromarray(np.dstack([GREY, GREY[::-1]]))), 2, 8),
+        (encoded(Image.fromarray(GREY).convert("1")), 1, 8),
+        (encoded(GREY.astype(np.uint16) * 257), 1, 16),
+        (encoded(GREY), 1, 8),
+    ],
+    ids=["ICC", "CMYK", "palette + tRNS", "palette", "RGBA", "LA", "1 bit", "16 bit", "grey"],
+)
 def test_every_kind_of_picture(target, content, bands, depth):
     picture = open_picture(target.post("/v1/restore", content).content)
     assert (picture.width, picture.height, picture.bands, picture.depth) == (64, 48, bands, depth)

@@ -1,4 +1,5 @@
 """docker/: what can be known of images and stack without building them. `docker/build.sh` builds them."""
+
 import configparser
 import json
 import os
@@ -26,15 +27,22 @@ def seconds(text):
 @pytest.fixture
 def stack(tmp_path, system_package):
     "compose.yaml as docker-compose reads it, under some profiles."
+
     def read(profiles="cpu,schedule", **variables):
         folder = tmp_path / "docker"
         shutil.copytree(DOCKER, folder, dirs_exist_ok=True)
         shutil.copy(DOCKER / ".env.example", folder / ".env")
         subprocess.run([sys.executable, folder / "newsecrets.py"], check=True)
-        said = subprocess.run([system_package("docker-compose"), "-f", folder / "compose.yaml", "config"], capture_output=True, text=True, cwd=folder,
-                              env=os.environ | {"COMPOSE_PROFILES": profiles} | variables)
+        said = subprocess.run(
+            [system_package("docker-compose"), "-f", folder / "compose.yaml", "config"],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=os.environ | {"COMPOSE_PROFILES": profiles} | variables,
+        )
         assert said.returncode == 0, said.stderr
         return yaml.safe_load(said.stdout)
+
     return read
 
 
@@ -53,12 +61,18 @@ def test_no_image_keeps_root_or_what_installed_it():
             chain, at = by_name[at] + chain, by_name[at].split()[0]
         assert re.findall(r"^USER (\S+)", chain, re.M)[-1] == "10001:10001", name
         assert "apt-get" not in chain and "pip" not in chain, name
-        assert {Path(path).parts[1] for path in re.findall(r"COPY --from=\S+ (\S+)", chain)} <= {"opt", "apart", "package"}, name
+        assert {Path(path).parts[1] for path in re.findall(r"COPY --from=\S+ (\S+)", chain)} <= {
+            "opt",
+            "apart",
+            "package",
+        }, name
 
 
 def test_what_is_copied_is_let_through(tmp_path):
     "The allow-list of Dockerfile.dockerignore admits every source of a COPY."
-    allowed = [line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")]
+    allowed = [
+        line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")
+    ]
     for line in re.findall(r"^COPY (?!--from)(.+)$", (DOCKER / "Dockerfile").read_text(), re.M):
         for source in [part for part in line.split()[:-1] if not part.startswith("--")]:
             assert any(Path(source).match(pattern) or source.split("/")[0] == pattern for pattern in allowed), source
@@ -71,8 +85,14 @@ def test_every_version_is_the_locks(tmp_path, torch):
         shutil.copy(path, tmp_path)
     (tmp_path / "uv").write_text('#!/bin/sh\necho "$UV_TORCH_BACKEND" "$@"\n')
     (tmp_path / "uv").chmod(0o755)
-    said = subprocess.run(["./install.sh", "-r", "mlflow.txt"], cwd=tmp_path, capture_output=True, text=True, check=True,
-                          env=os.environ | {"UV": "./uv", "TORCH": torch}).stdout
+    said = subprocess.run(
+        ["./install.sh", "-r", "mlflow.txt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"UV": "./uv", "TORCH": torch},
+    ).stdout
     assert "--verify-hashes --constraints constraints.lock" in said and "-r mlflow.txt" in said
     lock, used = ((tmp_path / name).read_text() for name in ("requirements.lock", "constraints.lock"))
     if torch == "lock":
@@ -83,7 +103,9 @@ def test_every_version_is_the_locks(tmp_path, torch):
     gone = names["lock"] - names["used"]
     assert gone and all(re.match(r"triton|nvidia-|cuda-", name) for name in gone)
     bare = [line for line in used.splitlines() if re.match(r"[a-z]", line) and not line.endswith("\\")]
-    assert sorted(line.split("==")[0] for line in bare) == ["torch", "torchvision"] and set(bare) < {line.split(" ")[0] for line in lock.splitlines()}
+    assert sorted(line.split("==")[0] for line in bare) == ["torch", "torchvision"] and set(bare) < {
+        line.split(" ")[0] for line in lock.splitlines()
+    }
 
 
 def test_what_mlflows_image_needs_is_in_the_lock():
@@ -95,7 +117,11 @@ def test_what_mlflows_image_needs_is_in_the_lock():
 def test_every_knob_is_explained_and_turns_something():
     explained = set(re.findall(r"^#?([A-Z][A-Z_]+)=", (DOCKER / ".env.example").read_text(), re.M))
     read = set(re.findall(r"\$\{([A-Z_]+)", COMPOSE)) | {"COMPOSE_PROFILES", "OMP_NUM_THREADS"}
-    settings = {f"SRSYS_{name}".upper() for name in Settings.model_fields} - {"SRSYS_HOME", "SRSYS_TRACKING_URI", "SRSYS_TOKENS"}
+    settings = {f"SRSYS_{name}".upper() for name in Settings.model_fields} - {
+        "SRSYS_HOME",
+        "SRSYS_TRACKING_URI",
+        "SRSYS_TOKENS",
+    }
     assert read <= explained, "compose.yaml reads what .env.example does not explain"
     assert explained <= read | settings, "and nothing is explained that does not exist"
     shown = dict(re.findall(r"^#([A-Z][A-Z_]+)=(.*)$", (DOCKER / ".env.example").read_text(), re.M))
@@ -108,9 +134,15 @@ def test_the_stack_is_one_that_compose_can_read(stack, profiles):
     services = stack(profiles)["services"]
     for name, service in services.items():
         assert ":" in service["image"] and not service.get("privileged"), name
-        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ())), f"{name} is open to other machines"
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ())), (
+            f"{name} is open to other machines"
+        )
     for name in {"app", "app-gpu"} & set(services):
-        assert services[name]["read_only"] and services[name]["cap_drop"] == ["ALL"] and services[name]["user"] == "10001:10001"
+        assert (
+            services[name]["read_only"]
+            and services[name]["cap_drop"] == ["ALL"]
+            and services[name]["user"] == "10001:10001"
+        )
         assert seconds(services[name]["stop_grace_period"]) > DRAIN
     if "app-gpu" in services:
         assert services["app-gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
@@ -122,7 +154,9 @@ def test_addresses_of_the_stack_are_those_of_its_services(stack):
     assert {"7860 9464", "5000", "8888", "8080"} == exposed
     assert services["app"]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert "mlflow:5000" in services["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
-    assert services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"].startswith("postgresql+psycopg2://"), "the driver that the lock has"
+    assert services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"].startswith("postgresql+psycopg2://"), (
+        "the driver that the lock has"
+    )
     for service in services.values():
         for name in service.get("depends_on", ()):
             assert name in services
@@ -134,10 +168,13 @@ def test_secrets_are_made_once_and_no_word_of_them_is_in_the_stack(stack, tmp_pa
     made = {path.name: path.read_text() for path in folder.iterdir()}
     assert set(made) == set(yaml.safe_load(COMPOSE)["secrets"]) and folder.stat().st_mode & 0o77 == 0
     assert not [name for name, word in made.items() if word and word.strip() in text]
-    credentials, = json.loads(made["s3_identities"])["identities"][0]["credentials"]
+    (credentials,) = json.loads(made["s3_identities"])["identities"][0]["credentials"]
     ini = configparser.ConfigParser()
     ini.read_string(made["s3_credentials"])
-    assert dict(ini["default"]) == {"aws_access_key_id": credentials["accessKey"], "aws_secret_access_key": credentials["secretKey"]}
+    assert dict(ini["default"]) == {
+        "aws_access_key_id": credentials["accessKey"],
+        "aws_secret_access_key": credentials["secretKey"],
+    }
     (folder / "grafana_password").unlink()
     stack()
     again = {path.name: path.read_text() for path in folder.iterdir()}
@@ -146,6 +183,16 @@ def test_secrets_are_made_once_and_no_word_of_them_is_in_the_stack(stack, tmp_pa
 
 def test_secrets_reach_programs_that_read_the_environment(tmp_path):
     (tmp_path / "word").write_text("so$ 'secret\"\n")
-    said = subprocess.run([DOCKER / "entry.sh", sys.executable, "-c", "import os; print(os.environ['PGPASSWORD'], 'JUPYTER_TOKEN' in os.environ)"],
-                          env=os.environ | {"PGPASSWORD_FILE": str(tmp_path / "word")}, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        [
+            DOCKER / "entry.sh",
+            sys.executable,
+            "-c",
+            "import os; print(os.environ['PGPASSWORD'], 'JUPYTER_TOKEN' in os.environ)",
+        ],
+        env=os.environ | {"PGPASSWORD_FILE": str(tmp_path / "word")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert said.stdout == "so$ 'secret\" False\n"

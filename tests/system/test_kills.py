@@ -1,4 +1,5 @@
 """A scheduled run that is killed (kill -9) at each of its steps: before everything that its runner writes or starts, and as each cell of its notebook begins. The next run succeeds."""
+
 import json
 import os
 import shutil
@@ -70,12 +71,30 @@ for line in sys.stdin:
 
 class Driver:
     def __init__(self, home, log):
-        self.process = subprocess.Popen([sys.executable, "-c", DRIVER, home], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, home],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert self.process.stdout.readline() == "ready\n"
 
     def run(self, home, notebook, values=None, at=None, stub=None):
         "How a run ended: its exit status, -9 if it was killed, and what came of it."
-        self.process.stdin.write(json.dumps({"home": str(home), "notebook": str(notebook), "values": values or {}, "at": at, "stub": stub and str(stub)}) + "\n")
+        self.process.stdin.write(
+            json.dumps(
+                {
+                    "home": str(home),
+                    "notebook": str(notebook),
+                    "values": values or {},
+                    "at": at,
+                    "stub": stub and str(stub),
+                }
+            )
+            + "\n"
+        )
         self.process.stdin.flush()
         said = {}
         while not (line := self.process.stdout.readline().strip()).lstrip("-").isdigit():
@@ -99,7 +118,10 @@ def tiny(folder, *cells, name="count"):
     first = nbformat.v4.new_code_cell("steps = 3", metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     folder.mkdir(exist_ok=True)
-    nbformat.write(nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)], metadata=kernel), folder / f"{name}.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)], metadata=kernel),
+        folder / f"{name}.ipynb",
+    )
     return folder / f"{name}.ipynb"
 
 
@@ -114,7 +136,11 @@ def killed_at(path, number, folder):
     return folder / path.name
 
 
-COUNT = "from srsys.jobs.runner import conclude, headline", "headline()", "conclude(f'**Done**: {steps} steps.', steps=steps, drift={'noise': .2})"
+COUNT = (
+    "from srsys.jobs.runner import conclude, headline",
+    "headline()",
+    "conclude(f'**Done**: {steps} steps.', steps=steps, drift={'noise': .2})",
+)
 
 
 def sound(home, said, notebook="count"):
@@ -146,7 +172,20 @@ def test_a_runner_killed_before_every_step(driver):
         assert ended == 0, said
         sound(home, said)
     sound(home, said)
-    wanted = ["flock", "create_run", "set_tag", "_settle", "replace", "fsync", "log_artifact", "log_artifact", "leave_signals", "rename", "webhook", "set_terminated"]
+    wanted = [
+        "flock",
+        "create_run",
+        "set_tag",
+        "_settle",
+        "replace",
+        "fsync",
+        "log_artifact",
+        "log_artifact",
+        "leave_signals",
+        "rename",
+        "webhook",
+        "set_terminated",
+    ]
     rest = iter(names)
     assert all(name in rest for name in wanted), " ".join(names)
 
@@ -167,8 +206,13 @@ def test_a_notebook_killed_at_every_cell(driver, processes_of):
     assert not processes_of(home)
 
 
-OPTIONS = {"etl": {"side": 96, "holdout": 3}, "train": {"steps": 20, "batch": 4, "patch": 24, "learning_rate": 3e-4, "validate_every": 10},
-           "evaluate": {"least": 4, "latency_ratio": 9.}, "promote": {"least": 4, "latency_ratio": 9.}, "monitor": {}}
+OPTIONS = {
+    "etl": {"side": 96, "holdout": 3},
+    "train": {"steps": 20, "batch": 4, "patch": 24, "learning_rate": 3e-4, "validate_every": 10},
+    "evaluate": {"least": 4, "latency_ratio": 9.0},
+    "promote": {"least": 4, "latency_ratio": 9.0},
+    "monitor": {},
+}
 
 
 @pytest.mark.slow
@@ -177,10 +221,15 @@ def test_every_cell_of_every_scheduled_notebook(driver, processes_of, monkeypatc
     "Each killed at each cell, then run through from what that left, which comes to the same as a run that nobody killed; a quarter of an hour on an idle machine."
     monkeypatch.syspath_prepend(Path(__file__).parent)
     import test_story
+
     process, folder = driver
     home, kills = folder / "life", 0
     home.mkdir()
-    first = register(Store(home), test_story.worse(weights.shipped_weights()["fast-x4"], folder / "first.safetensors", .06, 0), status="passed")
+    first = register(
+        Store(home),
+        test_story.worse(weights.shipped_weights()["fast-x4"], folder / "first.safetensors", 0.06, 0),
+        status="passed",
+    )
     test_story.fill(home / "data/inbox")
     for name, values in OPTIONS.items():
         path = SCHEDULED / f"{name}.ipynb"
@@ -197,7 +246,10 @@ def test_every_cell_of_every_scheduled_notebook(driver, processes_of, monkeypatc
             ended, said = process.run(there, path, values)
             assert ended == 0, (name, cell, said)
             sound(there, said, name)
-            came_to = {n: [(v.version, v.aliases, v.status) for v in list_versions(Store(h), first.name)] for n, h in (("plain", home), ("killed", there))}
+            came_to = {
+                n: [(v.version, v.aliases, v.status) for v in list_versions(Store(h), first.name)]
+                for n, h in (("plain", home), ("killed", there))
+            }
             assert came_to["plain"] == came_to["killed"], (name, cell, came_to)
             pictures = [sorted(p.name for p in (h / "data/accepted").rglob("*.png")) for h in (home, there)]
             assert pictures[0] == pictures[1], (name, cell)

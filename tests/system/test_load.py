@@ -1,4 +1,5 @@
 """The server under load: thirty-two people at once, models exchanged under their hands, decoders killed, and SIGTERM in the middle of it."""
+
 import concurrent.futures
 import contextlib
 import io
@@ -15,9 +16,10 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from srsys.models import weights
-from srsys.registry import store
 from srsys.image import open_picture
+from srsys.models import weights
+from srsys.models.networks import CompactNet
+from srsys.registry import store
 
 pytestmark = pytest.mark.timeout(900)
 PHOTO = data.astronaut()[:60, 180:260].copy()
@@ -45,7 +47,12 @@ def png(pixels):
 
 
 def send(running, content, client=httpx, **fields):
-    return client.post(running.page + "/v1/restore", files={"file": ("cat.png", content)}, data={"model": "fast-x2"} | fields, timeout=200)
+    return client.post(
+        running.page + "/v1/restore",
+        files={"file": ("cat.png", content)},
+        data={"model": "fast-x2"} | fields,
+        timeout=200,
+    )
 
 
 def patiently(running, content, client, **fields):
@@ -67,7 +74,7 @@ def eventually(happened, seconds=120):
 
 def version_of(level, folder):
     "Weights that add a number of levels to every pixel and do nothing else."
-    net = weights.CompactNet(2, features=4, convs=1)
+    net = CompactNet(2, features=4, convs=1)
     net.body[-1].weight.data.zero_()
     net.body[-1].bias.data.fill_(level / 255)
     path = folder / f"{level}.safetensors"
@@ -95,14 +102,19 @@ def loaded(tmp_path_factory, serve_long):
     home = tmp_path_factory.mktemp("loaded")
     store.register(store.Store(home), version_of(0, home))
     (hole := tmp_path_factory.mktemp("hole")).joinpath("sitecustomize.py").write_text(HOLE)
-    running = serve_long(home, PYTHONPATH=os.pathsep.join([str(hole), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
+    running = serve_long(
+        home, PYTHONPATH=os.pathsep.join([str(hole), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    )
     running.home, running.store = home, store.Store(home)
     return running
 
 
 @contextlib.contextmanager
 def crowd(count):
-    with concurrent.futures.ThreadPoolExecutor(count) as people, httpx.Client(limits=httpx.Limits(max_connections=count)) as client:
+    with (
+        concurrent.futures.ThreadPoolExecutor(count) as people,
+        httpx.Client(limits=httpx.Limits(max_connections=count)) as client,
+    ):
         yield people, client
 
 
@@ -121,7 +133,12 @@ def test_thumbnails_pass_the_large_and_those_who_go_away_free_their_places(loade
 
     def go_away():
         with contextlib.suppress(httpx.TimeoutException):
-            answer = httpx.post(loaded.page + "/v1/restore", files={"file": ("large.png", large)}, data={"model": "photo-x4"}, timeout=httpx.Timeout(120, read=10))
+            answer = httpx.post(
+                loaded.page + "/v1/restore",
+                files={"file": ("large.png", large)},
+                data={"model": "photo-x4"},
+                timeout=httpx.Timeout(120, read=10),
+            )
             refused.append((answer.status_code, int(answer.headers.get("retry-after", 0))))
 
     with crowd(36) as (people, client):
@@ -164,7 +181,10 @@ def swap_under_load(running, requests, swaps, people_count=8):
                     httpx.post(nudge)
                     eventually(lambda label=version.label: label in serves()["refused"])
                     assert serves()["models"][NAME] != version.label
-                    assert f'alias="refused",name="{NAME}",sha="",version="{version.version}"' in httpx.get(running.metrics).text
+                    assert (
+                        f'alias="refused",name="{NAME}",sha="",version="{version.version}"'
+                        in httpx.get(running.metrics).text
+                    )
                 else:
                     httpx.post(nudge)
                     eventually(lambda label=version.label: serves()["models"][NAME] == label)
@@ -205,16 +225,23 @@ def test_killed_decoders_cost_nobody_a_picture(loaded):
 
 def test_a_file_that_ends_its_reader_fails_alone(loaded):
     "Through the API and through the page, while others are served: its own request is told, and the server stands."
+
     def drop(content):
         return httpx.post(loaded.page + "/page/pictures", files={"file": ("cat.png", content)}, timeout=200)
 
     with crowd(8) as (people, client):
         others = [people.submit(patiently, loaded, png(PHOTO), client) for _ in range(12)]
-        ended = [people.submit(patiently, loaded, POISON, client) for _ in range(2)] + [people.submit(drop, POISON) for _ in range(2)]
-        others += [people.submit(drop, png(PHOTO))] + [people.submit(patiently, loaded, png(PHOTO), client) for _ in range(6)]
+        ended = [people.submit(patiently, loaded, POISON, client) for _ in range(2)] + [
+            people.submit(drop, POISON) for _ in range(2)
+        ]
+        others += [people.submit(drop, png(PHOTO))] + [
+            people.submit(patiently, loaded, png(PHOTO), client) for _ in range(6)
+        ]
         assert [one.result().status_code for one in others] == [200] * 19
         answers = [one.result() for one in ended]
-    assert {(answer.status_code, answer.json()["error"]) for answer in answers} == {(422, "broken_image")}, [answer.text for answer in answers]
+    assert {(answer.status_code, answer.json()["error"]) for answer in answers} == {(422, "broken_image")}, [
+        answer.text for answer in answers
+    ]
     assert "not to be read" in answers[0].json()["detail"] and "not to be read" in answers[-1].json()["detail"]
     assert loaded.process.poll() is None and httpx.get(loaded.page + "/readyz").status_code == 200
 
@@ -233,7 +260,9 @@ def test_sigterm_under_load_ends_in_order_and_leaves_no_child(loaded):
     assert took < DRAINED, "the server gives itself 20 seconds, and 25 at most"
     codes = [answer.status_code for answer in answers]
     print({code: codes.count(code) for code in sorted(set(codes))})
-    assert set(codes) <= {200, 503} and codes.count(200) >= 13, "what was accepted is finished, what came later is told so"
+    assert set(codes) <= {200, 503} and codes.count(200) >= 13, (
+        "what was accepted is finished, what came later is told so"
+    )
     assert all(open_picture(answer.content).width == 640 for answer in answers if answer.status_code == 200)
     assert len(children) >= 2
     eventually(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
@@ -258,7 +287,9 @@ def test_memory_stays_flat_over_two_thousand_pictures(tmp_path, serve):
     with crowd(8) as (people, client):
         used = []
         for _ in range(5):
-            assert {answer.status_code for answer in people.map(lambda _: patiently(running, content, client), range(400))} == {200}
+            assert {
+                answer.status_code for answer in people.map(lambda _: patiently(running, content, client), range(400))
+            } == {200}
             used.append(memory())
     print([f"{each:.0f} MB" for each in used])
     assert used[-1] - used[0] < 100, used

@@ -1,4 +1,5 @@
 """What the operator is told: the rules by promtool, then a real Prometheus and Alertmanager around a real server; and its log."""
+
 import io
 import json
 import logging
@@ -18,17 +19,21 @@ import yaml
 from PIL import Image
 from skimage import data
 
-from srsys.serve import page, api
+from srsys.jobs.timetable import read_timetable
 from srsys.monitor import telemetry
 from srsys.monitor.dashboards import MODELS, SERVICE
+from srsys.serve import api
 from srsys.serve.engine import Engine
 from srsys.serve.model_table import ModelTable
-from srsys.jobs.timetable import read_timetable
+from srsys.serve.server import bind_port
+from srsys.serve.shutdown import DrainingServer
 
 pytestmark = pytest.mark.timeout(600)
 MONITORING = Path(__file__).resolve().parents[2] / "docker/monitoring"
 TIMETABLE = MONITORING.parents[1] / "scheduled/timetable.toml"
-QUERIES = [query for rows in (SERVICE, MODELS) for row in rows.values() for panel in row for query in panel.queries.values()]
+QUERIES = [
+    query for rows in (SERVICE, MODELS) for row in rows.values() for panel in row for query in panel.queries.values()
+]
 
 
 def wait_for(find, seconds=150):
@@ -41,7 +46,9 @@ def wait_for(find, seconds=150):
 
 
 def promtool(system_package, *words):
-    done = subprocess.run([system_package("promtool"), *map(str, words)], capture_output=True, text=True, cwd=MONITORING, timeout=300)
+    done = subprocess.run(
+        [system_package("promtool"), *map(str, words)], capture_output=True, text=True, cwd=MONITORING, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -62,10 +69,17 @@ def test_every_alert_is_unit_tested():
 
 def test_the_stack_puts_the_files_where_they_are_looked_for():
     services = yaml.safe_load((MONITORING.parent / "compose.yaml").read_text())["services"]
-    mounted = {volume.split(":")[1]: volume.split(":")[0] for name in ("prometheus", "alertmanager", "grafana") for volume in services[name]["volumes"]}
+    mounted = {
+        volume.split(":")[1]: volume.split(":")[0]
+        for name in ("prometheus", "alertmanager", "grafana")
+        for volume in services[name]["volumes"]
+    }
     [provider] = yaml.safe_load((MONITORING / "grafana/provisioning/dashboards/srsys.yml").read_text())["providers"]
     assert mounted[provider["options"]["path"]] == "./monitoring/grafana/dashboards"
-    assert mounted["/etc/grafana/provisioning"] == "./monitoring/grafana/provisioning" and mounted["/etc/prometheus"] == "./monitoring"
+    assert (
+        mounted["/etc/grafana/provisioning"] == "./monitoring/grafana/provisioning"
+        and mounted["/etc/prometheus"] == "./monitoring"
+    )
     addressed = set(re.findall(r"\b([a-z]+):\d{4}\b", "".join(path.read_text() for path in MONITORING.rglob("*.yml"))))
     assert addressed == {"app", "alertmanager", "prometheus"} and addressed < set(services)
 
@@ -73,13 +87,20 @@ def test_the_stack_puts_the_files_where_they_are_looked_for():
 @pytest.mark.skipif(not TIMETABLE.exists(), reason="there is no timetable yet")
 def test_a_job_is_stale_some_time_after_it_should_have_run():
     "The limit of each notebook of the timetable is longer than its period, and no longer than three of them."
-    limits = {job: int(seconds) for seconds, job in re.findall(r"vector\((\d+)\).*\n.*job: (\w+)", (MONITORING / "rules/recording.yml").read_text())}
+    limits = {
+        job: int(seconds)
+        for seconds, job in re.findall(
+            r"vector\((\d+)\).*\n.*job: (\w+)", (MONITORING / "rules/recording.yml").read_text()
+        )
+    }
     periods, noon = {}, datetime(2026, 3, 3, 12, tzinfo=UTC)
     for row in read_timetable(TIMETABLE).values():
         first = row.trigger.get_next_fire_time(None, noon)
         period = (row.trigger.get_next_fire_time(first, first + timedelta(seconds=1)) - first).total_seconds()
         periods |= {notebook.stem: min(period, periods.get(notebook.stem, period)) for notebook in row.notebooks}
-    assert set(periods) == set(limits) and not {job: period for job, period in periods.items() if not period < limits[job] <= 3 * period}
+    assert set(periods) == set(limits) and not {
+        job: period for job, period in periods.items() if not period < limits[job] <= 3 * period
+    }
 
 
 @pytest.fixture
@@ -90,7 +111,11 @@ def started(tmp_path):
     def start(name, *command):
         log = tmp_path / f"{name}.log"
         with open(log, "wb") as said:
-            running.append(subprocess.Popen([*map(str, command), "--web.listen-address=127.0.0.1:0"], stdout=said, stderr=said, cwd=tmp_path))
+            running.append(
+                subprocess.Popen(
+                    [*map(str, command), "--web.listen-address=127.0.0.1:0"], stdout=said, stderr=said, cwd=tmp_path
+                )
+            )
         return "http://" + wait_for(lambda: re.search(r'msg="Listening on" address=(\S+)', log.read_text()))[1]
 
     yield start
@@ -113,10 +138,25 @@ def watched(system_package, started, served, tmp_path):
 
     adapt("alertmanager.yml", host=("app:9464", here))
     adapt("rules/alerts.yml", patience=("for: 2h", "for: 0s"))
-    alertmanager = started("alertmanager", system_package("prometheus-alertmanager"), f"--config.file={folder}/alertmanager.yml", "--storage.path=alerts",
-                           "--cluster.listen-address=")
-    adapt("prometheus.yml", host=("app:9464", here), other=("alertmanager:9093", urlsplit(alertmanager).netloc), pace=(": 15s", ": 1s"))
-    prometheus = started("prometheus", system_package("prometheus"), f"--config.file={folder}/prometheus.yml", "--storage.tsdb.path=series")
+    alertmanager = started(
+        "alertmanager",
+        system_package("prometheus-alertmanager"),
+        f"--config.file={folder}/alertmanager.yml",
+        "--storage.path=alerts",
+        "--cluster.listen-address=",
+    )
+    adapt(
+        "prometheus.yml",
+        host=("app:9464", here),
+        other=("alertmanager:9093", urlsplit(alertmanager).netloc),
+        pace=(": 15s", ": 1s"),
+    )
+    prometheus = started(
+        "prometheus",
+        system_package("prometheus"),
+        f"--config.file={folder}/prometheus.yml",
+        "--storage.tsdb.path=series",
+    )
 
     def ask(query):
         answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}, timeout=60).json()
@@ -129,7 +169,10 @@ def watched(system_package, started, served, tmp_path):
 @pytest.fixture
 def left(served):
     "What jobs left: `etl` was here just now, `monitor` four hours ago, and then it found that the noise had drifted."
-    files = [telemetry.write_job_metrics(served.home / "metrics", "etl"), telemetry.write_job_metrics(served.home / "metrics", "monitor", {"noise": 0.4}, time.time() - 4 * 3600)]
+    files = [
+        telemetry.write_job_metrics(served.home / "metrics", "etl"),
+        telemetry.write_job_metrics(served.home / "metrics", "monitor", {"noise": 0.4}, time.time() - 4 * 3600),
+    ]
     yield
     for file in files:
         file.unlink()
@@ -138,10 +181,15 @@ def left(served):
 def test_prometheus_sees_what_the_dashboards_show_and_drift_reaches_the_server_again(left, watched, served):
     content = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(data.astronaut()[:64, 180:260])).save(content, "PNG")
-    answer = httpx.post(served.page + "/v1/restore", files={"file": ("cat.png", content.getvalue())}, data={"model": "fast-x2"}, timeout=200)
+    answer = httpx.post(
+        served.page + "/v1/restore",
+        files={"file": ("cat.png", content.getvalue())},
+        data={"model": "fast-x2"},
+        timeout=200,
+    )
     assert answer.status_code == 200
-    wait_for(lambda: any(float(one["value"][1]) for one in watched('srsys_images_processed_total')))
-    missing = {re.sub(r'\$instance', ".*", query.replace("$__rate_interval", "30s")) for query in QUERIES}
+    wait_for(lambda: any(float(one["value"][1]) for one in watched("srsys_images_processed_total")))
+    missing = {re.sub(r"\$instance", ".*", query.replace("$__rate_interval", "30s")) for query in QUERIES}
     assert len(missing) > 30
 
     def all_drawn():
@@ -153,7 +201,9 @@ def test_prometheus_sees_what_the_dashboards_show_and_drift_reaches_the_server_a
     except AssertionError:
         raise AssertionError(f"nothing to draw for {missing}") from None
     [stale] = wait_for(lambda: watched('ALERTS{alertname="SrsysJobStale", alertstate="firing"}'))
-    assert stale["metric"]["job"] == "monitor" and not watched('ALERTS{alertname=~"SrsysDown|SrsysModelAbsent|SrsysNoChampion|SrsysQueueFilling"}')
+    assert stale["metric"]["job"] == "monitor" and not watched(
+        'ALERTS{alertname=~"SrsysDown|SrsysModelAbsent|SrsysNoChampion|SrsysQueueFilling"}'
+    )
     [asking] = wait_for(lambda: telemetry.firing_alerts(served.home / "alerts.db"))
     assert asking.name == "SrsysDrift" and "noise, D = 0.40" in asking.summary
 
@@ -162,15 +212,23 @@ def test_the_log_is_json_and_tells_no_names(tmp_path):
     "Requests that succeed, that are refused, and one that meets a mistake of ours; each line with the id that its answer has."
     before, written, stop = (logging.root.handlers[:], logging.root.level), io.StringIO(), threading.Event()
     engine = Engine(lambda: ModelTable(broken={"photo-x4": "lost"}))
-    claimed = page.bind_port("127.0.0.1", 0, "--port")
+    claimed = bind_port("127.0.0.1", 0, "--port")
     address = "http://{}:{}".format(*claimed.getsockname())
     telemetry.configure_logging("json", written)
-    server = threading.Thread(target=page.DrainingServer(api.create_api(engine, tmp_path / "feedback.db"), engine, stop).run, args=[[claimed]])
+    server = threading.Thread(
+        target=DrainingServer(api.create_api(engine, tmp_path / "feedback.db"), engine, stop).run, args=[[claimed]]
+    )
     server.start()
     try:
         wait_for(lambda: engine.table)
-        answers = [httpx.get(f"{address}/v1/models"), httpx.get(f"{address}/livez"),
-                   httpx.post(f"{address}/v1/restore", files={"file": ("grandmother.jpg", b"not a picture, sent from 52.5200 N 13.4050 E")})]
+        answers = [
+            httpx.get(f"{address}/v1/models"),
+            httpx.get(f"{address}/livez"),
+            httpx.post(
+                f"{address}/v1/restore",
+                files={"file": ("grandmother.jpg", b"not a picture, sent from 52.5200 N 13.4050 E")},
+            ),
+        ]
         engine.table = ModelTable(served={"photo-x4": (None, None)})
         answers.append(httpx.get(f"{address}/v1/models"))
     finally:
@@ -179,9 +237,15 @@ def test_the_log_is_json_and_tells_no_names(tmp_path):
         logging.root.handlers[:], logging.root.level = before
         claimed.close()
     lines = [json.loads(line) for line in written.getvalue().splitlines()]
-    listed, alive, refused, failed = [[line for line in lines if line["request_id"] == answer.headers["x-request-id"]] for answer in answers]
+    listed, alive, refused, failed = [
+        [line for line in lines if line["request_id"] == answer.headers["x-request-id"]] for answer in answers
+    ]
     assert [(line["route"], line["code"]) for line in listed] == [("/v1/models", 200)] and alive == []
-    assert [(line["route"], line["code"], line["error"]) for line in refused] == [("/v1/restore", answers[2].status_code, answers[2].json()["error"])]
+    assert [(line["route"], line["code"], line["error"]) for line in refused] == [
+        ("/v1/restore", answers[2].status_code, answers[2].json()["error"])
+    ]
     assert answers[3].status_code == 500 and {line["level"] for line in failed} == {"WARNING", "ERROR"}
-    assert any("AttributeError" in line.get("exc_info", "") for line in failed) and all(line["seconds"] > 0 for line in listed + refused)
+    assert any("AttributeError" in line.get("exc_info", "") for line in failed) and all(
+        line["seconds"] > 0 for line in listed + refused
+    )
     assert "grandmother" not in written.getvalue() and "13.4050" not in written.getvalue()

@@ -1,4 +1,5 @@
 """The page in a real browser: drop, restore, compare, take home; cancel; bad files; a telephone; and nothing asked of any other host."""
+
 import io
 import sqlite3
 from contextlib import closing
@@ -28,7 +29,9 @@ def open_page(browser, served):
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        page.on("request", lambda r: None if r.url.startswith((served.page, "data:", "blob:")) else strange.append(r.url))
+        page.on(
+            "request", lambda r: None if r.url.startswith((served.page, "data:", "blob:")) else strange.append(r.url)
+        )
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.goto(served.page)
         expect(page.get_by_role("button", name="Restore")).to_be_visible()
@@ -64,7 +67,9 @@ def take_home(page):
 
 def share_of_after(page):
     "Where the restored picture begins, from 0 to 1 of the width."
-    return page.evaluate("parseFloat(document.querySelector('.after').style.clipPath.split('px)')[0].split(' ').pop()) / document.querySelector('.sheet').clientWidth")
+    return page.evaluate(
+        "parseFloat(document.querySelector('.after').style.clipPath.split('px)')[0].split(' ').pop()) / document.querySelector('.sheet').clientWidth"
+    )
 
 
 def test_a_picture_is_restored_compared_and_taken_home(open_page):
@@ -97,7 +102,9 @@ def test_a_picture_is_restored_compared_and_taken_home(open_page):
     assert share_of_after(page) == pytest.approx(0.75, abs=0.02)
 
     page.get_by_role("button", name="Look at 100 %").press("Enter")
-    ratio = page.get_by_alt_text("After:").evaluate("img => img.getBoundingClientRect().width * devicePixelRatio / img.naturalWidth")
+    ratio = page.get_by_alt_text("After:").evaluate(
+        "img => img.getBoundingClientRect().width * devicePixelRatio / img.naturalWidth"
+    )
     assert ratio == pytest.approx(1), "one pixel of the result on one of the screen"
 
 
@@ -111,7 +118,12 @@ def test_sixteen_bits_stay_and_a_large_result_is_looked_at_in_its_middle(open_pa
     name, picture = take_home(page)
     assert (name, picture.width, picture.height, picture.bands, picture.depth) == ("scan-x5.49.png", 3840, 329, 1, 16)
     page.get_by_role("button", name="Look at 100 %").click()
-    before, after = (page.locator(f".{which}").evaluate("async img => { await img.decode(); return [img.naturalWidth, img.clientWidth] }") for which in ("before", "after"))
+    before, after = (
+        page.locator(f".{which}").evaluate(
+            "async img => { await img.decode(); return [img.naturalWidth, img.clientWidth] }"
+        )
+        for which in ("before", "after")
+    )
     assert after[0] < 3840 and before[1] == after[1], "both show the same part at the same size"
 
 
@@ -129,11 +141,15 @@ def test_cancel_ends_it_at_the_next_tile(open_page):
     restore(page)
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"Dear Sir or Madam,", "not a picture in an accepted format"),
-    (b"", "the file is empty"),
-    (b"\x89PNG\r\n\x1a\n" + bytes(100), "broken or incomplete"),
-], ids=["text", "empty", "broken"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"Dear Sir or Madam,", "not a picture in an accepted format"),
+        (b"", "the file is empty"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "broken or incomplete"),
+    ],
+    ids=["text", "empty", "broken"],
+)
 def test_a_bad_file_is_one_plain_line(open_page, content, words):
     page = open_page()
     choose(page, {"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": content})
@@ -194,10 +210,16 @@ def test_a_vote_is_kept_and_the_picture_only_if_it_was_given(open_page, served):
         page.get_by_label("Why?").fill("the eyes are not hers")
         tick.set_checked(keep)
         page.get_by_role("button", name="Send").click()
-        expect(page.get_by_text(f"Thank you. Your picture is {'kept with your word' if keep else 'not kept'}.")).to_be_visible()
+        expect(
+            page.get_by_text(f"Thank you. Your picture is {'kept with your word' if keep else 'not kept'}.")
+        ).to_be_visible()
         with closing(sqlite3.connect(served.home / "feedback.db")) as db:
-            made, *kept, picture = db.execute("SELECT request_id, vote, reason, model, picture FROM feedback ORDER BY rowid DESC").fetchone()
-        assert kept == ["down", "the eyes are not hers", "srsys-photo-x4/1"] and picture == (f"{made}.png" if keep else None)
+            made, *kept, picture = db.execute(
+                "SELECT request_id, vote, reason, model, picture FROM feedback ORDER BY rowid DESC"
+            ).fetchone()
+        assert kept == ["down", "the eyes are not hers", "srsys-photo-x4/1"] and picture == (
+            f"{made}.png" if keep else None
+        )
         assert (folder / f"{made}.png").exists() == keep
     assert np.array_equal(open_picture(folder / picture).pixels, data.astronaut()[:120, 160:320])
 
@@ -206,7 +228,9 @@ def press(page, key, until, at_most=80):
     "Press a key until what has the focus answers to a name, as somebody without a mouse would."
     for _ in range(at_most):
         page.keyboard.press(key)
-        words = page.evaluate("(e => e.ariaLabel || e.labels?.[0]?.textContent || e.textContent)(document.activeElement)").strip()
+        words = page.evaluate(
+            "(e => e.ariaLabel || e.labels?.[0]?.textContent || e.textContent)(document.activeElement)"
+        ).strip()
         if words.startswith(until):
             return
     raise AssertionError(f"no way to {until!r} with {key}; the last was {words!r}")

@@ -1,4 +1,5 @@
 """The pipeline: GitLab accepts it, its scripts are the Makefile's verbs, and the scripts beside it do what they say."""
+
 import os
 import re
 import runpy
@@ -22,12 +23,25 @@ def run_script(name):
 
 
 def test_gitlab_accepts_it():
-    subprocess.run([Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.gitlab-ci", ROOT / ".gitlab-ci.yml"], check=True)
+    subprocess.run(
+        [
+            Path(sys.executable).with_name("check-jsonschema"),
+            "--builtin-schema",
+            "vendor.gitlab-ci",
+            ROOT / ".gitlab-ci.yml",
+        ],
+        check=True,
+    )
 
 
 def test_its_stages_are_in_order_and_a_person_starts_what_leaves_the_house():
-    assert [PIPELINE["stages"].index(JOBS[name]["stage"]) for name in ("lint", "test", "gate", "images", "pages", "promote", "deploy")] == list(range(7))
-    assert all(JOBS[name]["rules"][0]["when"] == "manual" and not JOBS[name]["interruptible"] for name in ("promote", "deploy"))
+    assert [
+        PIPELINE["stages"].index(JOBS[name]["stage"])
+        for name in ("lint", "test", "gate", "images", "pages", "promote", "deploy")
+    ] == list(range(7))
+    assert all(
+        JOBS[name]["rules"][0]["when"] == "manual" and not JOBS[name]["interruptible"] for name in ("promote", "deploy")
+    )
     assert not any(job.get("allow_failure") for job in JOBS.values()), "what fails blocks"
 
 
@@ -45,12 +59,22 @@ def test_its_scripts_are_verbs_that_a_laptop_has_too():
 
 
 def test_the_report_says_what_failed_and_what_is_missing(tmp_path):
-    (tmp_path / "junit.xml").write_text('<testsuites><testsuite><testcase classname="tests.a" name="good" time="1.5"/><testcase classname="tests.a" name="bad" time="2">'
-                                        '<failure message="no"/></testcase><testcase classname="tests.a" name="left" time="0"><skipped/></testcase></testsuite></testsuites>')
+    (tmp_path / "junit.xml").write_text(
+        '<testsuites><testsuite><testcase classname="tests.a" name="good" time="1.5"/><testcase classname="tests.a" name="bad" time="2">'
+        '<failure message="no"/></testcase><testcase classname="tests.a" name="left" time="0"><skipped/></testcase></testsuite></testsuites>'
+    )
     (tmp_path / "coverage.xml").write_text('<coverage line-rate="0.991" branch-rate="0.97"/>')
-    said = subprocess.run([sys.executable, ROOT / ".ci/report.py", "junit.xml", "coverage.xml", "gate.md"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert said == ("**1 passed, 1 failed, 1 skipped** in 4 s.\n- `tests.a::bad`\n\nLines covered: 99.1%, branches: 97.0%.\n\n"
-                    "`gate.md` is missing: the job that makes it did not come that far.\n")
+    said = subprocess.run(
+        [sys.executable, ROOT / ".ci/report.py", "junit.xml", "coverage.xml", "gate.md"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said == (
+        "**1 passed, 1 failed, 1 skipped** in 4 s.\n- `tests.a::bad`\n\nLines covered: 99.1%, branches: 97.0%.\n\n"
+        "`gate.md` is missing: the job that makes it did not come that far.\n"
+    )
 
 
 def test_the_gate_lets_a_pipeline_through_that_has_no_challenger(home, tmp_path):
@@ -81,11 +105,28 @@ def test_what_restores_nothing_is_taken_back(tmp_path):
     "The pipeline's own line, with a kubectl that only writes down what it is told and a picture that is not restored."
     (tmp_path / "kubectl").write_text(KUBECTL)
     (tmp_path / "kubectl").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(tmp_path / "said"), "ADDRESS": "http://127.0.0.1:1", "PYTHON": "false",
-                                "IMAGE": "registry.example/srsys", "TAG": "abc", "MAKEFLAGS": "-e -s", "KUBE_CONTEXT": "", "OVERLAY": "cpu"}
-    done = subprocess.run(["sh", "-c", JOBS["deploy"]["script"]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SAID": str(tmp_path / "said"),
+        "ADDRESS": "http://127.0.0.1:1",
+        "PYTHON": "false",
+        "IMAGE": "registry.example/srsys",
+        "TAG": "abc",
+        "MAKEFLAGS": "-e -s",
+        "KUBE_CONTEXT": "",
+        "OVERLAY": "cpu",
+    }
+    done = subprocess.run(
+        ["sh", "-c", JOBS["deploy"]["script"]], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert (tmp_path / "said").read_text().splitlines() == [
-        "kubectl kustomize docker/k8s/overlays/cpu", "kubectl -n srsys apply -f -", "image: registry.example/srsys-app:abc",
-        "image: registry.example/srsys-worker:abc-rocm", "image: other:latest", "kubectl -n srsys rollout status deployment/srsys --timeout=15m",
-        "kubectl -n srsys rollout undo deployment/srsys", "kubectl -n srsys rollout status deployment/srsys --timeout=15m"]
+        "kubectl kustomize docker/k8s/overlays/cpu",
+        "kubectl -n srsys apply -f -",
+        "image: registry.example/srsys-app:abc",
+        "image: registry.example/srsys-worker:abc-rocm",
+        "image: other:latest",
+        "kubectl -n srsys rollout status deployment/srsys --timeout=15m",
+        "kubectl -n srsys rollout undo deployment/srsys",
+        "kubectl -n srsys rollout status deployment/srsys --timeout=15m",
+    ]

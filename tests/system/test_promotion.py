@@ -1,4 +1,5 @@
 """A promotion, or the way back, that is killed (kill -9) after every single write; and two processes that promote at once."""
+
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from srsys.models import weights
+from srsys.models.networks import CompactNet
 from srsys.registry.gating import Decision, Gain, GateReason
 from srsys.registry.promotion import promote, register_challenger, rollback
 from srsys.registry.store import Store, connect_client, list_versions, register, resolve
@@ -67,14 +69,19 @@ def template(tmp_path_factory):
         torch.manual_seed(seed)
         path = folder / f"{seed}" / "fern-x2.safetensors"
         path.parent.mkdir()
-        weights.save(weights.CompactNet(2, features=4, convs=1), weights.Card("fern-x2", "compact", 2), path)
+        weights.save(CompactNet(2, features=4, convs=1), weights.Card("fern-x2", "compact", 2), path)
         return path
 
     store = Store(folder / "home")
     register(store, tiny(1))
     two, three = (register_challenger(store, tiny(seed)) for seed in (2, 3))
     one = list_versions(store)[0]
-    yes = {v.version: Decision(v.label, one.label, v.sha256, one.sha256, Gain(.1, .05, .15, 60), (GateReason("gain", True, "+0.1 dB"),)) for v in (two, three)}
+    yes = {
+        v.version: Decision(
+            v.label, one.label, v.sha256, one.sha256, Gain(0.1, 0.05, 0.15, 60), (GateReason("gain", True, "+0.1 dB"),)
+        )
+        for v in (two, three)
+    }
     promoted = Store(folder / "promoted")
     promoted.home.mkdir()
     shutil.copy(store.home / "mlflow.db", promoted.home)
@@ -86,14 +93,28 @@ def template(tmp_path_factory):
 def ends(template):
     "What was done to each copy of a registry, and how its processes ended: 0 done, 1 refused, -9 killed; and what was said."
     folder, yes = template
-    groups = {f"promote {write}": [[3, write]] for write in range(11)} | {f"rollback {write}": [[0, write]] for write in range(4)} | {"both": [[2, 99], [3, 99]]}
+    groups = (
+        {f"promote {write}": [[3, write]] for write in range(11)}
+        | {f"rollback {write}": [[0, write]] for write in range(4)}
+        | {"both": [[2, 99], [3, 99]]}
+    )
     jobs = []
     for name, group in groups.items():
         (folder / name).mkdir()
         shutil.copy(folder / ("promoted" if "rollback" in name else "home") / "mlflow.db", folder / name)
-        jobs.append([[str(folder / name), name.split()[0], yes[number].to_dict() if number else None, write] for number, write in group])
+        jobs.append(
+            [
+                [str(folder / name), name.split()[0], yes[number].to_dict() if number else None, write]
+                for number, write in group
+            ]
+        )
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, "-c", DRIVER, folder / "jobs.json", folder / "home"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, folder / "jobs.json", folder / "home"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(groups, json.loads(done.stdout), strict=True)), done.stderr
 

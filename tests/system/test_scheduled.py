@@ -1,4 +1,5 @@
 """The scheduled notebooks, the processes that run them, and the timetable that is shipped."""
+
 import json
 import os
 import signal
@@ -42,24 +43,48 @@ def test_the_unit_that_is_shipped():
 
 
 def begin(home, notebook, *options):
-    return subprocess.Popen([SRSYS, "run", notebook, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [SRSYS, "run", notebook, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def until(true, within=120):
     end = time.monotonic() + within
     while not (found := true()):
         assert time.monotonic() < end, "it did not come to that"
-        time.sleep(.1)
+        time.sleep(0.1)
     return found
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_kill_leaves_no_kernel(tmp_path, how, processes_of):
     "However `srsys run` ends while a cell works, nothing of it lives on, the notebook is kept, and the next run begins."
-    slow = {"cells": [{"cell_type": "code", "id": i, "metadata": {"tags": ["parameters"]} if i == "p" else {}, "source": s, "outputs": [], "execution_count": None}
-                      for i, s in (("p", "wait = 600"), ("w", "import pathlib, subprocess, time\npathlib.Path('there').touch()\nsubprocess.Popen(['sleep', str(wait)])\ntime.sleep(wait)"))],
-            "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    slow = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": i,
+                "metadata": {"tags": ["parameters"]} if i == "p" else {},
+                "source": s,
+                "outputs": [],
+                "execution_count": None,
+            }
+            for i, s in (
+                ("p", "wait = 600"),
+                (
+                    "w",
+                    "import pathlib, subprocess, time\npathlib.Path('there').touch()\nsubprocess.Popen(['sleep', str(wait)])\ntime.sleep(wait)",
+                ),
+            )
+        ],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
     (path := tmp_path / "slow.ipynb").write_text(json.dumps(slow))
     home = (tmp_path / "home").resolve()
     process = begin(home, path)
@@ -80,7 +105,11 @@ def test_a_kill_leaves_no_kernel(tmp_path, how, processes_of):
 
 
 def test_wrong_usage(tmp_path):
-    for options, word in ((["train", "-p", "step", "3"], "no parameter 'step'"), (["train", "-p", "steps", "many"], "steps is int"), (["train", "-p", "steps"], "2 arguments")):
+    for options, word in (
+        (["train", "-p", "step", "3"], "no parameter 'step'"),
+        (["train", "-p", "steps", "many"], "steps is int"),
+        (["train", "-p", "steps"], "2 arguments"),
+    ):
         process = begin(tmp_path, *options)
         out, _ = process.communicate(timeout=240)
         assert process.returncode == 2 and word in out, out
@@ -97,8 +126,13 @@ def test_the_timetable_is_kept_by_a_process(tmp_path):
     home = tmp_path / "home"
     (home / "runs").mkdir(parents=True)
     (home / "runs/nightly.row").touch()  # it was cut off
-    process = subprocess.Popen([SRSYS, "schedule", "--timetable", timetable], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        [SRSYS, "schedule", "--timetable", timetable],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
     try:
         until(lambda: list(home.glob("runs/*/etl.done.ipynb")), 240)
         until(lambda: not (home / "runs/nightly.row").exists())

@@ -1,4 +1,5 @@
 """`srsys serve` as a process: bad requests, a full waiting room, a second start, and its end."""
+
 import concurrent.futures
 import http.client
 import io
@@ -35,7 +36,14 @@ def png(pixels):
 def header_of(width, height):
     "A PNG that claims a size and holds nothing."
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 0) + b"IDAT\x35\xaf\x06\x1e"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + struct.pack(">I", 0)
+        + b"IDAT\x35\xaf\x06\x1e"
+    )
 
 
 def send(served, content, name="cat.png", client=httpx, **fields):
@@ -66,18 +74,33 @@ def test_a_picture_comes_back_and_says_who_made_it(served):
     assert {m["name"] for m in httpx.get(served.page + "/v1/models").json()["models"]} == set(shipped_weights())
 
 
-@pytest.mark.parametrize("status, content, fields", [
-    (415, b"Dear Sir or Madam,", {}),
-    (415, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {}),
-    (422, b"", {}),
-    (422, png(SMALL)[:4000], {}),
-    (413, header_of(40_000, 40_000), {}),
-    (413, bytes(65 * 2**20), {}),
-    (422, png(SMALL), {"model": "mystery"}),
-    (422, png(SMALL), {"model": "../../../etc/passwd"}),
-    (422, png(SMALL), {"scale": "-1"}),
-    (422, png(SMALL), {"format": "exe"}),
-], ids=["text", "eps", "empty", "truncated", "huge header", "too many bytes", "unknown model", "path", "scale", "format"])
+@pytest.mark.parametrize(
+    "status, content, fields",
+    [
+        (415, b"Dear Sir or Madam,", {}),
+        (415, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {}),
+        (422, b"", {}),
+        (422, png(SMALL)[:4000], {}),
+        (413, header_of(40_000, 40_000), {}),
+        (413, bytes(65 * 2**20), {}),
+        (422, png(SMALL), {"model": "mystery"}),
+        (422, png(SMALL), {"model": "../../../etc/passwd"}),
+        (422, png(SMALL), {"scale": "-1"}),
+        (422, png(SMALL), {"format": "exe"}),
+    ],
+    ids=[
+        "text",
+        "eps",
+        "empty",
+        "truncated",
+        "huge header",
+        "too many bytes",
+        "unknown model",
+        "path",
+        "scale",
+        "format",
+    ],
+)
 def test_bad_requests_are_answered_and_the_next_good_one_succeeds(served, status, content, fields):
     answer = send(served, content, 'a";\r\nSet-Cookie: x=y.png', **fields)
     assert answer.status_code == status, answer.text
@@ -106,7 +129,10 @@ def test_an_endless_upload_is_cut_off(served):
 
 def test_a_full_waiting_room_says_so_and_loses_nobody(served):
     content = png(np.tile(SMALL, (2, 2, 1)))
-    with concurrent.futures.ThreadPoolExecutor(90) as crowd, httpx.Client(limits=httpx.Limits(max_connections=90)) as client:
+    with (
+        concurrent.futures.ThreadPoolExecutor(90) as crowd,
+        httpx.Client(limits=httpx.Limits(max_connections=90)) as client,
+    ):
         answers = list(crowd.map(lambda _: send(served, content, client=client, model="photo-x4"), range(90)))
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
@@ -123,7 +149,9 @@ def votes_down(served):
 
 def test_a_vote_is_kept(served):
     before = votes_down(served)
-    answer = httpx.post(served.page + "/v1/feedback", json={"request_id": "f" * 32, "vote": "down", "reason": "five ears"})
+    answer = httpx.post(
+        served.page + "/v1/feedback", json={"request_id": "f" * 32, "vote": "down", "reason": "five ears"}
+    )
     assert answer.status_code == 201
     assert votes_down(served) == before + 1
 
@@ -143,7 +171,12 @@ def test_killed_and_started_again_it_still_has_its_registry(serve, tmp_path):
     assert all(v.aliases == ("champion",) and v.status == "bootstrap" for v in before)
     children = psutil.Process(first.process.pid).children(recursive=True)
     first.end(signal.SIGKILL)
-    eventually(lambda: is_free(first.mlflow) and not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    eventually(
+        lambda: (
+            is_free(first.mlflow)
+            and not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        )
+    )
 
     second = serve(tmp_path, "--mlflow-port", urlsplit(first.mlflow).port)
     assert (answer := send(second, png(SMALL))).headers.get("x-model-version") == "srsys-photo-x4/1", answer.text
@@ -156,7 +189,14 @@ def test_killed_and_started_again_it_still_has_its_registry(serve, tmp_path):
 
 
 def test_a_taken_port_is_one_line(served):
-    command = [sys.executable, "-c", "from srsys.cli.main import main; main()", "serve", "--port", str(urlsplit(served.page).port)]
+    command = [
+        sys.executable,
+        "-c",
+        "from srsys.cli.main import main; main()",
+        "serve",
+        "--port",
+        str(urlsplit(served.page).port),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "--port" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -167,4 +207,4 @@ def test_two_that_start_together_register_each_model_once(tmp_path):
     for one in both:
         _, said = one.communicate(timeout=200)
         assert one.returncode == 0 and said == "", said
-    assert [v.version for v in list_versions(Store(tmp_path))] == [1]*len(shipped_weights())
+    assert [v.version for v in list_versions(Store(tmp_path))] == [1] * len(shipped_weights())

@@ -1,4 +1,5 @@
 """The shape of the code: which package may import which, and what every notebook begins with."""
+
 import json
 import re
 import subprocess
@@ -17,14 +18,18 @@ def page(path):
 
 def test_packages_import_only_lower_layers():
     "The contracts in pyproject.toml: layers, and the libraries that only one module may know."
-    done = subprocess.run([Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_training_needs_neither_pyvips_nor_mlflow():
     "What runs on a bare GPU node imports where both are missing."
-    code = ("import sys; sys.modules.update(pyvips=None, mlflow=None)\n"
-            "import srsys.degrade.recipes, srsys.metrics.scores, srsys.models.external, srsys.data.datasets, srsys.data.patches, srsys.train.loop\n")
+    code = (
+        "import sys; sys.modules.update(pyvips=None, mlflow=None)\n"
+        "import srsys.degrade.recipes, srsys.metrics.scores, srsys.models.external, srsys.data.datasets, srsys.data.patches, srsys.train.loop\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -34,4 +39,6 @@ def test_a_notebook_has_a_title_a_summary_and_named_cells(path):
     assert re.match(r"# .+\n\n?> .+", "".join(cells[0]["source"])), "begin with a title and a summary in one line"
     ids = [cell["id"] for cell in cells]
     assert len(set(ids)) == len(ids)
-    assert not [i for i in ids if re.fullmatch(r"[0-9a-f]{6,}", i)], "cell ids are written into the package: give them names"
+    assert not [i for i in ids if re.fullmatch(r"[0-9a-f]{6,}", i)], (
+        "cell ids are written into the package: give them names"
+    )

@@ -1,4 +1,5 @@
 """Thousands of pictures later: the server holds no more memory, files or threads than after the first hundreds."""
+
 import concurrent.futures
 import io
 import os
@@ -24,13 +25,22 @@ def pictures(seed=0):
         (height, width), (top, left) = chance.integers(24, 160, 2), chance.integers(0, 300, 2)
         content, kind = io.BytesIO(), ("PNG", "JPEG", "WEBP")[number % 3]
         Image.fromarray(source[top : top + height, left : left + width]).save(content, kind)
-        yield number, content.getvalue()[: None if number % 20 else 100], ("fast-x2", "fast-x4")[number % 2], ("png", "jpeg", "webp")[number // 3 % 3]
+        yield (
+            number,
+            content.getvalue()[: None if number % 20 else 100],
+            ("fast-x2", "fast-x4")[number % 2],
+            ("png", "jpeg", "webp")[number // 3 % 3],
+        )
 
 
 def held(process):
     "What a process and its children hold: MB of their own, open files, threads."
     family = [process, *process.children(recursive=True)]
-    return sum(p.memory_full_info().uss for p in family) / 2**20, sum(p.num_fds() for p in family), sum(p.num_threads() for p in family)
+    return (
+        sum(p.memory_full_info().uss for p in family) / 2**20,
+        sum(p.num_fds() for p in family),
+        sum(p.num_threads() for p in family),
+    )
 
 
 @pytest.mark.slow
@@ -41,7 +51,12 @@ def test_memory_files_and_threads_stay_flat(serve, tmp_path):
 
     def send(picture):
         number, content, model, format = picture
-        answer = client.post(server.page + "/v1/restore", files={"file": (f"{number}.dat", content)}, data={"model": model, "format": format}, timeout=300)
+        answer = client.post(
+            server.page + "/v1/restore",
+            files={"file": (f"{number}.dat", content)},
+            data={"model": model, "format": format},
+            timeout=300,
+        )
         if number % 10 == 0:
             seen.append((number, *held(process)))
         return number, answer.status_code
@@ -49,11 +64,20 @@ def test_memory_files_and_threads_stay_flat(serve, tmp_path):
     with httpx.Client() as client, concurrent.futures.ThreadPoolExecutor(4) as senders:
         answers = dict(senders.map(send, pictures()))
     rate = PICTURES / (time.monotonic() - begin)
-    assert all(code == (200 if number % 20 else 422) for number, code in answers.items()), {code for code in answers.values()}
+    assert all(code == (200 if number % 20 else 422) for number, code in answers.items()), {
+        code for code in answers.values()
+    }
     warm = sorted(one for one in seen if one[0] >= WARM * PICTURES)
     quarter = len(warm) // 4
-    first, last = ([statistics.median(column) for column in zip(*part, strict=True)][1:] for part in (warm[:quarter], warm[-quarter:]))
-    said = "; ".join(f"{what} {a:.0f} → {b:.0f}" for what, a, b in zip(("MB", "files", "threads"), first, last, strict=True))
-    print(f"\n{PICTURES} pictures, {60 * rate:.0f} a minute, at most {max(one[1] for one in warm):.0f} MB. Medians of the first and last quarter: {said}")
+    first, last = (
+        [statistics.median(column) for column in zip(*part, strict=True)][1:]
+        for part in (warm[:quarter], warm[-quarter:])
+    )
+    said = "; ".join(
+        f"{what} {a:.0f} → {b:.0f}" for what, a, b in zip(("MB", "files", "threads"), first, last, strict=True)
+    )
+    print(
+        f"\n{PICTURES} pictures, {60 * rate:.0f} a minute, at most {max(one[1] for one in warm):.0f} MB. Medians of the first and last quarter: {said}"
+    )
     assert last[0] - first[0] < GROWTH and last[1] <= first[1] + 8 and last[2] <= first[2] + 4, said
     assert server.end() == 0

@@ -1,6 +1,7 @@
 """The topology of docker/compose.yaml as processes, with its environment variables: PostgreSQL, an S3-compatible server
 (moto's, which speaks the protocol), MLflow and srsys. A model is trained, registered, promoted and served, and is still served
 after everything was started anew."""
+
 import io
 import os
 import pwd
@@ -18,12 +19,12 @@ import yaml
 from PIL import Image
 from skimage import data
 
+from srsys.models.weights import shipped_weights
 from srsys.registry import tracking
 from srsys.registry.gating import Decision, GateReason
-from srsys.models.weights import shipped_weights
 from srsys.registry.promotion import promote, register_challenger
-from srsys.train.configs import Compact, TrainConfig
 from srsys.registry.store import Store, list_champions
+from srsys.train.configs import Compact, TrainConfig
 from srsys.train.loop import train
 
 pytestmark = pytest.mark.timeout(900)
@@ -46,7 +47,9 @@ def wait_for(address, process, log, within=240):
                 return
         except httpx.HTTPError:
             pass
-        assert process.poll() is None and time.monotonic() < end, f"{address} does not answer: {log.read_text()[-2000:]}"
+        assert process.poll() is None and time.monotonic() < end, (
+            f"{address} does not answer: {log.read_text()[-2000:]}"
+        )
         time.sleep(0.2)
 
 
@@ -62,47 +65,108 @@ class Stack:
         if user:
             os.chown(folder, pwd.getpwnam("postgres").pw_uid, -1)
         self.as_postgres = user
-        subprocess.run([self.bin / "initdb", "-D", folder / "db", "-U", "mlflow", "--auth=scram-sha-256", f"--pwfile={folder}/postgres_password", "--no-sync"],
-                       check=True, stdout=subprocess.DEVNULL, cwd="/", **user)
+        subprocess.run(
+            [
+                self.bin / "initdb",
+                "-D",
+                folder / "db",
+                "-U",
+                "mlflow",
+                "--auth=scram-sha-256",
+                f"--pwfile={folder}/postgres_password",
+                "--no-sync",
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd="/",
+            **user,
+        )
 
     def environment(self, service="app"):
         "A service's environment in compose.yaml, its hosts being this machine and its secrets these files."
         said = COMPOSE["services"][service]["environment"]
-        there = {"${BUCKET:-srsys}": "srsys", "/run/secrets": str(self.folder), "${MLFLOW_PORT:-5001}": str(self.ports["mlflow"]), "${MLFLOW_MORE_HOSTS:-}": ""}
-        there |= {"postgres:5432": f"127.0.0.1:{self.ports['postgres']}", "store:8333": f"127.0.0.1:{self.ports['store']}",
-                  "http://mlflow:5000": f"http://127.0.0.1:{self.ports['mlflow']}"}
+        there = {
+            "${BUCKET:-srsys}": "srsys",
+            "/run/secrets": str(self.folder),
+            "${MLFLOW_PORT:-5001}": str(self.ports["mlflow"]),
+            "${MLFLOW_MORE_HOSTS:-}": "",
+        }
+        there |= {
+            "postgres:5432": f"127.0.0.1:{self.ports['postgres']}",
+            "store:8333": f"127.0.0.1:{self.ports['store']}",
+            "http://mlflow:5000": f"http://127.0.0.1:{self.ports['mlflow']}",
+        }
         for old, new in there.items():
             said = {name: value.replace(old, new) for name, value in said.items()}
         return os.environ | {k: v for k, v in said.items() if not k.startswith("SRSYS_")} | {"OMP_NUM_THREADS": "1"}
 
     def start(self, name, *command, **options):
         with open(self.folder / f"{name}.log", "ab") as log:
-            process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, start_new_session=True, **options)
+            process = subprocess.Popen(
+                [str(part) for part in command], stdout=log, stderr=log, start_new_session=True, **options
+            )
         self.running.append(process)
         return process
 
     def s3(self):
-        return boto3.client("s3", endpoint_url=self.environment("mlflow")["AWS_ENDPOINT_URL"], region_name="us-east-1",
-                            aws_access_key_id="key", aws_secret_access_key="word")
+        return boto3.client(
+            "s3",
+            endpoint_url=self.environment("mlflow")["AWS_ENDPOINT_URL"],
+            region_name="us-east-1",
+            aws_access_key_id="key",
+            aws_secret_access_key="word",
+        )
 
     def up(self):
         "All but the app, each waited for."
-        self.start("postgres", self.bin / "postgres", "-D", self.folder / "db", "-p", self.ports["postgres"], "-h", "127.0.0.1", "-k", "", "-F",
-                   cwd="/", **self.as_postgres)
+        self.start(
+            "postgres",
+            self.bin / "postgres",
+            "-D",
+            self.folder / "db",
+            "-p",
+            self.ports["postgres"],
+            "-h",
+            "127.0.0.1",
+            "-k",
+            "",
+            "-F",
+            cwd="/",
+            **self.as_postgres,
+        )
         end = time.monotonic() + 120
-        while subprocess.run([self.bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.ports["postgres"])]).returncode:
+        while subprocess.run(
+            [self.bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.ports["postgres"])]
+        ).returncode:
             assert time.monotonic() < end, (self.folder / "postgres.log").read_text()
             time.sleep(0.2)
         if not self.store:  # moto keeps what it has in memory, so it alone lives through a restart
-            self.store = self.start("store", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", self.ports["store"])
+            self.store = self.start(
+                "store", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", self.ports["store"]
+            )
             self.running.remove(self.store)
             wait_for(self.environment("mlflow")["AWS_ENDPOINT_URL"], self.store, self.folder / "store.log")
             self.s3().create_bucket(Bucket="srsys")
-            subprocess.run([self.bin / "createdb", "-h", "127.0.0.1", "-p", str(self.ports["postgres"]), "-U", "mlflow", "mlflow"], check=True,
-                           env=os.environ | {"PGPASSWORD": "a password of the stack"})
-        server = self.start("mlflow", ROOT / "docker/entry.sh", sys.executable, "-m", "mlflow", "server",
-                   env=self.environment("mlflow") | {"MLFLOW_HOST": "127.0.0.1", "MLFLOW_PORT": str(self.ports["mlflow"]), "MLFLOW_WORKERS": "1",
-                                      "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+            subprocess.run(
+                [self.bin / "createdb", "-h", "127.0.0.1", "-p", str(self.ports["postgres"]), "-U", "mlflow", "mlflow"],
+                check=True,
+                env=os.environ | {"PGPASSWORD": "a password of the stack"},
+            )
+        server = self.start(
+            "mlflow",
+            ROOT / "docker/entry.sh",
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            env=self.environment("mlflow")
+            | {
+                "MLFLOW_HOST": "127.0.0.1",
+                "MLFLOW_PORT": str(self.ports["mlflow"]),
+                "MLFLOW_WORKERS": "1",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+        )
         wait_for(f"http://127.0.0.1:{self.ports['mlflow']}/health", server, self.folder / "mlflow.log")
 
     def down(self):
@@ -133,11 +197,21 @@ def stack(tmp_path_factory, system_package):
 
 def train_small(store, folder):
     "A network that learns next to nothing, tracked as `srsys train` does it; its weights."
-    config = TrainConfig("small-x2", 2, Compact(8, 1, width=16), steps=2, batch=2, patch=16, validate_every=2, precision="32-true",
-                         shrink=(), holdout=(("Photos", 3),))
+    config = TrainConfig(
+        "small-x2",
+        2,
+        Compact(8, 1, width=16),
+        steps=2,
+        batch=2,
+        patch=16,
+        validate_every=2,
+        precision="32-true",
+        shrink=(),
+        holdout=(("Photos", 3),),
+    )
     (folder / "Photos").mkdir()
     for i in range(5):
-        Image.fromarray(data.astronaut()[i * 96:i * 96 + 96, 100:196]).save(folder / f"Photos/{i}.png")
+        Image.fromarray(data.astronaut()[i * 96 : i * 96 + 96, 100:196]).save(folder / f"Photos/{i}.png")
     with tracking.track_run(store, "srsys-training", config.name, config.settings()) as track:
         path = train(config, folder, folder, accelerator="cpu")
         track.file(path)
@@ -149,18 +223,29 @@ def restored(running):
     "A picture's way through the server: who restored it, and the result."
     file = io.BytesIO()
     Image.fromarray(data.chelsea()[:60, :80]).save(file, "PNG")
-    answer = httpx.post(running.page + "/v1/restore", files={"file": ("cat.png", file.getvalue())}, data={"model": "small"}, timeout=200)
+    answer = httpx.post(
+        running.page + "/v1/restore", files={"file": ("cat.png", file.getvalue())}, data={"model": "small"}, timeout=200
+    )
     assert answer.status_code == 200, answer.text
     return answer.headers["x-model-version"], answer.content
 
 
-def test_trained_registered_promoted_served_and_still_served_after_everything_was_started_anew(stack, serve, home, monkeypatch, tmp_path):
+def test_trained_registered_promoted_served_and_still_served_after_everything_was_started_anew(
+    stack, serve, home, monkeypatch, tmp_path
+):
     stack.up()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address := stack.environment()["MLFLOW_TRACKING_URI"])
     store = Store(home, address)
     version = register_challenger(store, train_small(store, tmp_path))
     assert version.aliases == ("challenger",)
-    first = Decision(version.label, None, version.sha256, None, None, (GateReason("trust", True, "two steps of training are judged by nobody"),))
+    first = Decision(
+        version.label,
+        None,
+        version.sha256,
+        None,
+        None,
+        (GateReason("trust", True, "two steps of training are judged by nobody"),),
+    )
     assert promote(store, version.name, first).aliases == ("champion",)
     running = serve(tmp_path / "first")
     made_by, picture = restored(running)
@@ -168,13 +253,17 @@ def test_trained_registered_promoted_served_and_still_served_after_everything_wa
     assert running.end(signal.SIGTERM) == 0
 
     keys = {item["Key"].rsplit("/", 1)[1] for item in stack.s3().list_objects_v2(Bucket="srsys")["Contents"]}
-    assert {"small-x2.safetensors", *(f"{name}.safetensors" for name in shipped_weights())} <= keys, "weights lie in the bucket"
+    assert {"small-x2.safetensors", *(f"{name}.safetensors" for name in shipped_weights())} <= keys, (
+        "weights lie in the bucket"
+    )
     assert {"decision.md", "decision.json"} <= keys, "and why they were promoted"
     stack.down()
     stack.up()
     running = serve(tmp_path / "second")  # a machine that has nothing yet
     assert restored(running) == (made_by, picture)
     served = {model["name"]: model["version"] for model in httpx.get(running.page + "/v1/models").json()["models"]}
-    assert served == {name.removeprefix("srsys-"): v.label for name, v in ((v.name, v) for v in list_champions(store).values())}
+    assert served == {
+        name.removeprefix("srsys-"): v.label for name, v in ((v.name, v) for v in list_champions(store).values())
+    }
     assert all(version.endswith("/1") for version in served.values()), "and nothing was registered twice"
     assert running.end(signal.SIGTERM) == 0

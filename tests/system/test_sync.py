@@ -1,4 +1,5 @@
 """What is generated is what the sources make, and what is packaged is what the package needs."""
+
 import os
 import re
 import shutil
@@ -43,12 +44,21 @@ def test_package_tests_and_readme_are_what_the_notebooks_make(copy):
     before = files(copy, *kinds)
     (copy / "srsys/stale.py").write_text("")
     (copy / "tests/test_stale.py").write_text("")
-    for command in (["python", "tests/generate.py"], ["nbdev_export"], ["python", "nbs/_pages/readme.py"],
-                    ["nbdev_clean"], ["nbdev_clean", "--fname", "scheduled"]):
+    for command in (
+        ["python", "tests/generate.py"],
+        ["nbdev_export"],
+        ["ruff", "check", "-q", "--fix", "--select", "I", "srsys", "tests"],
+        ["ruff", "format", "-q", "srsys", "tests"],
+        ["python", "nbs/_pages/readme.py"],
+        ["nbdev_clean"],
+        ["nbdev_clean", "--fname", "scheduled"],
+    ):
         subprocess.run([BIN / command[0], *command[1:]], cwd=copy, check=True)
     after = files(copy, *kinds)
     assert sorted(after) == sorted(before)
-    assert [name for name in after if after[name] != before[name]] == [], "run `make export`, or `make check` for notebooks"
+    assert [name for name in after if after[name] != before[name]] == [], (
+        "run `make export`, or `make check` for notebooks"
+    )
 
 
 def test_the_code_and_the_lessons_are_free_of_lint(copy):
@@ -99,24 +109,46 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source.tar").write_bytes(git("archive", "HEAD"))
     shutil.unpack_archive(folder / "source.tar", folder / "source", filter="data")
-    subprocess.run([BIN / "uv", "build", "-q", "--wheel", "--no-build-isolation", "--python", sys.executable,
-                    "--out-dir", folder, folder / "source"], check=True)
+    subprocess.run(
+        [
+            BIN / "uv",
+            "build",
+            "-q",
+            "--wheel",
+            "--no-build-isolation",
+            "--python",
+            sys.executable,
+            "--out-dir",
+            folder,
+            folder / "source",
+        ],
+        check=True,
+    )
     return next(folder.glob("*.whl"))
 
 
 def test_the_wheel_holds_the_package_and_its_data(wheel):
     data = (".py", ".safetensors", ".toml", ".json")
-    committed = {name for name in git("ls-tree", "-r", "--name-only", "HEAD", "srsys/").decode().split() if name.endswith(data)}
+    committed = {
+        name for name in git("ls-tree", "-r", "--name-only", "HEAD", "srsys/").decode().split() if name.endswith(data)
+    }
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("srsys/")} == committed
 
 
 def test_the_wheel_installed_elsewhere_restores_a_picture(wheel, tmp_path):
     site, small = tmp_path / "site", tmp_path / "small.jpg"
-    subprocess.run([BIN / "uv", "pip", "install", "-q", "--no-deps", "--target", site, "--python", sys.executable, wheel], check=True)
+    subprocess.run(
+        [BIN / "uv", "pip", "install", "-q", "--no-deps", "--target", site, "--python", sys.executable, wheel],
+        check=True,
+    )
     Image.fromarray(skimage.data.astronaut()[:48, :64]).save(small)
     there = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}, "check": True}
-    found = subprocess.run([sys.executable, "-c", "import srsys; print(srsys.__file__)"], capture_output=True, text=True, **there)
+    found = subprocess.run(
+        [sys.executable, "-c", "import srsys; print(srsys.__file__)"], capture_output=True, text=True, **there
+    )
     assert Path(found.stdout.strip()).is_relative_to(site)
-    subprocess.run([sys.executable, site / "bin/srsys", "restore", small, "-o", "out", "--model", "fast", "--scale", "2"], **there)
+    subprocess.run(
+        [sys.executable, site / "bin/srsys", "restore", small, "-o", "out", "--model", "fast", "--scale", "2"], **there
+    )
     with Image.open(tmp_path / "out/small.png") as restored:
         assert restored.size == (128, 96)

@@ -1,11 +1,12 @@
 """Load through HTTP on the shipped fast-x4: as fast as the engine's own, and three times more than it can take. The exact figures are `make bench`'s."""
+
 import pytest
 
 from srsys.evaluate import speed
 from srsys.serve.admission import RestoreRequest, ServerLimits
 from srsys.serve.engine import Engine
-from srsys.serve.model_table import load_table
 from srsys.serve.load_test import PICTURE_SIZE, compare_throughput, make_form, overload, running_server
+from srsys.serve.model_table import load_table
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -16,7 +17,9 @@ def loaded(folder, size, count, rounds):
     (source := folder / "a.jpg").write_bytes(content)
     with running_server(engine := Engine(lambda: table), folder) as port:
         form = make_form(content, model="fast-x4", format="jpeg", quality="90")
-        pace = compare_throughput(engine, port, RestoreRequest(source, "a.jpg", "fast-x4", None, "jpeg", 90), form, count, rounds)
+        pace = compare_throughput(
+            engine, port, RestoreRequest(source, "a.jpg", "fast-x4", None, "jpeg", 90), form, count, rounds
+        )
         value = engine.metrics.registry.get_sample_value
         before = value("srsys_batch_size_sum")
         seen = overload(port, form, pace.http, ServerLimits(), count=2 * count)

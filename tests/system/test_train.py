@@ -1,4 +1,5 @@
 """Training as it is really run: by several processes at once, on a node without pyvips and MLflow, from the command line and through Ctrl-C."""
+
 import json
 import os
 import pty
@@ -40,14 +41,17 @@ Path(sys.argv[1], f"rank{fabric.global_rank}.json").write_text(json.dumps({"loss
 def run_in(folder, *command):
     folder.mkdir()
     (folder / "run.py").write_text(RUN)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+    }
     subprocess.run([*map(str, command), folder / "run.py", folder], check=True, env=environment, timeout=280)
     return [json.loads(p.read_text()) for p in sorted(folder.glob("rank*.json"))]
 
 
 def test_two_processes_compute_what_one_does(tmp_path):
     "torchrun with two CPU processes, a batch of four each, against one process at twice the batch."
-    alone, = run_in(tmp_path / "one", sys.executable)
+    (alone,) = run_in(tmp_path / "one", sys.executable)
     first, second = run_in(tmp_path / "two", TORCHRUN, "--standalone", "--nproc-per-node", "2")
     assert (alone["world"], first["world"], second["world"]) == (1, 2, 2)
     assert first["weights"] == second["weights"], "both processes hold the same network"
@@ -85,33 +89,59 @@ def photographs(tmp_path):
 
 def test_a_bare_gpu_node_trains(photographs, tmp_path):
     "Where only PyTorch, Fabric, NumPy and Pillow are: no pyvips, MLflow, spandrel, server or command line."
-    done = subprocess.run([sys.executable, "-c", BARE, photographs, tmp_path / "out"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, photographs, tmp_path / "out"], capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     from srsys.models.weights import load
+
     assert load(done.stdout.strip()).card.steps == 4
 
 
 def test_a_training_is_interrupted_and_goes_on(photographs, tmp_path):
     "On a terminal: a bar with the time left; Ctrl-C after some steps (of enough that they are not over by then), and the same command goes on after them."
-    small = [SRSYS, "train", "fast-x4", "--data", photographs, "-o", tmp_path / "out", "--accelerator", "cpu", "--steps", "300"]
-    code = ("import sys; from dataclasses import replace; from srsys.train import configs\n"
-            "configs.CONFIGS['fast-x4'] = lambda: replace(configs.fast_x4(), network=configs.Compact(8, 1, width=16), batch=2, patch=16, shrink=(), holdout=(('Photos', 3),))\n"
-            "from srsys.cli.main import main; main(sys.argv[1:], prog_name='srsys')")
+    small = [
+        SRSYS,
+        "train",
+        "fast-x4",
+        "--data",
+        photographs,
+        "-o",
+        tmp_path / "out",
+        "--accelerator",
+        "cpu",
+        "--steps",
+        "300",
+    ]
+    code = (
+        "import sys; from dataclasses import replace; from srsys.train import configs\n"
+        "configs.CONFIGS['fast-x4'] = lambda: replace(configs.fast_x4(), network=configs.Compact(8, 1, width=16), batch=2, patch=16, shrink=(), holdout=(('Photos', 3),))\n"
+        "from srsys.cli.main import main; main(sys.argv[1:], prog_name='srsys')"
+    )
     command = [sys.executable, "-c", code, *map(str, small[1:])]
     terminal, inside = pty.openpty()
     heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, stdout=inside, stderr=inside, env=os.environ | {"COLUMNS": "120", "TERM": "xterm", "OMP_NUM_THREADS": "1"}, preexec_fn=heeds)
+    process = subprocess.Popen(
+        command,
+        stdout=inside,
+        stderr=inside,
+        env=os.environ | {"COLUMNS": "120", "TERM": "xterm", "OMP_NUM_THREADS": "1"},
+        preexec_fn=heeds,
+    )
     os.close(inside)
     shown = ""
     while "loss" not in shown:
         shown += os.read(terminal, 4096).decode(errors="replace")
     process.send_signal(signal.SIGINT)
     try:
-        while more := os.read(terminal, 4096): shown += more.decode(errors="replace")
-    except OSError: pass  # the other end is closed
+        while more := os.read(terminal, 4096):
+            shown += more.decode(errors="replace")
+    except OSError:
+        pass  # the other end is closed
     assert process.wait(60) == 1 and "interrupted; nothing half-done is left" in shown and "Traceback" not in shown
     assert "fast-x4" in shown and "-:--:--" in shown or "0:00:" in shown, "time left"
     import torch
+
     done = torch.load(tmp_path / "out/fast-x4.ckpt", weights_only=True)["state"]["step"]
     assert 1 <= done < 300
     again = subprocess.run(command, capture_output=True, text=True, timeout=250)
