@@ -65,6 +65,7 @@ def pod_task(name, command):
         task_id=name,
         image=SETTINGS["POD_IMAGE"],
         namespace=SETTINGS["POD_NAMESPACE"],
+        labels={"kind": "job"},  # the network policies of docker/k8s select pods by it
         do_xcom_push=True,
         on_finish_action="delete_succeeded_pod",
         cmds=["sh", "-c", POD_SCRIPT.format(command=command)],

@@ -37,7 +37,7 @@ print("RESULT", json.dumps([
     {"gpus": t.container_resources.limits, "on": t.node_selector, "command": t.cmds[-1],
      "pod": plain(t.security_context),
      "containers": [plain(t.container_security_context), plain(t.xcom_sidecar_container_security_context)],
-     "mounts": [mount.mount_path for mount in t.volume_mounts], "environment": plain(t.env_vars)}
+     "mounts": [mount.mount_path for mount in t.volume_mounts], "environment": plain(t.env_vars), "labels": t.labels}
     for t in srsys_dags.DAGS["retrain"].tasks]))
 print("RESULT", json.dumps({
     name: [repr(dag.schedule), dag.max_active_runs, dag.catchup, dag.task_ids]
@@ -95,6 +95,7 @@ def test_the_rows_are_dags(airflow):
         p["gpus"] == {"nvidia.com/gpu": "1"} for p in pods
     )
     for p in pods:  # as the namespace of docker/k8s demands
+        assert p["labels"] == {"kind": "job"}
         assert p["pod"]["runAsNonRoot"] and p["pod"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert (
             p["containers"]
