@@ -184,12 +184,12 @@ def _through(restorer: Restorer, reader, writer, scale: float | None, watch: Fol
 
     def read(n):
         rows = reader.read(n)
-        meter.saw(rows)
+        meter.add_input(rows)
         return rows
 
     def write(rows):
         writer.write(rows)
-        meter.made(rows)
+        meter.add_result(rows)
 
     return restorer.stream(reader.header, *((read, write) if meter else (reader.read, writer.write)), scale, watch.tile)
 
