@@ -56,6 +56,8 @@ from srsys.cli.common import (
     resolve_model,
 )
 
+from ..degrade.kinds import degradation_help
+
 # %% ../../nbs/cli/02_develop.ipynb #train
 develop_app = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
@@ -196,9 +198,7 @@ def evaluate(
     scale: Annotated[int, typer.Option(min=1)],
     degrade: Annotated[
         str,
-        typer.Option(
-            help="What is done to the originals: bicubic; jpegQ, webpQ or avifQ (Q from 1 to 100); blur-noise-jpeg; or photo."
-        ),
+        typer.Option(help=f"What is done to the originals: {degradation_help()}."),
     ] = "bicubic",
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Average over eight views of each picture.")] = False,
     precision: Precision = "float32",

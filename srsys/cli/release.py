@@ -39,11 +39,12 @@ def held_out_pictures(
 def _slices(settings: Settings, model, data: Path, benchmarks: Path | None) -> tuple[dict, dict]:
     "The slices and the benchmarks for a model, at its scale and with the damage that it was made for."
     from srsys.data.intake import list_batches
+    from srsys.degrade.kinds import validation_degradation
     from srsys.evaluate.comparison import EvaluationSlice
     from srsys.image import OUTPUT_SUFFIXES
     from srsys.registry.gating import GateRules
 
-    damage = "photo" if model.card and model.card.degradation.startswith("PhotoRecipe") else "bicubic"
+    damage = validation_degradation(model.card.degradation if model.card else "")
     new = [path for batch in list_batches(settings.home).values() for path in batch]
     slices = {"validation": held_out_pictures(data)} | (
         {"new pictures": new} if len(new) >= GateRules().min_pictures else {}

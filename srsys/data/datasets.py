@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "DATASET_SUFFIXES",
     "StageProgress",
     "DataError",
     "DatasetArchive",
@@ -52,7 +51,7 @@ from srsys.data.leaks import (
     read_grey,
 )
 
-from ..files import atomic_write, download, exclusive, sha256, unpack
+from ..files import TRAINING_SUFFIXES, atomic_write, download, exclusive, sha256, unpack
 from ..metrics.scores import pictures_digest
 
 
@@ -105,7 +104,6 @@ def dataset_catalog(
 
 
 # %% ../../nbs/data/02_datasets.ipynb #manifest
-DATASET_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 StageProgress = Callable[[str, int, int | None], None]  # what is being done, how much of it is, and of how much
 
 
@@ -168,7 +166,7 @@ def list_archive_pictures(
 ) -> list[DatasetFile]:
     "List what came out of an archive. Raises `DataError` if it is not as many pictures as promised."
     paths = sorted(p for p in (folder / archive.name.partition(".")[0]).rglob("*") if p.is_file())
-    splits = {p: archive.split_of(p) for p in paths if p.suffix.lower() in DATASET_SUFFIXES and p.name[0] != "."}
+    splits = {p: archive.split_of(p) for p in paths if p.suffix.lower() in TRAINING_SUFFIXES and p.name[0] != "."}
     training = sorted((p for p, split in splits.items() if split == "train"), key=lambda p: p.name)
     splits |= dict.fromkeys(training[:: archive.holdout], "validation") if archive.holdout else {}
     if (found := sum(map(bool, splits.values()))) != (archive.pictures or found):

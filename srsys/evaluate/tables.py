@@ -39,7 +39,6 @@ __all__ = [
 
 # %% ../../nbs/evaluate/02_tables.ipynb #imports
 import json
-import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterable
@@ -51,7 +50,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from skimage import data
 
-from ..degrade.kinds import degrade_picture
+from ..degrade.kinds import degradations_for, degrade_picture
 from ..degrade.resize import imresize
 from ..files import atomic_write, sha256
 from ..image import Picture, encode_picture
@@ -65,8 +64,8 @@ from .measure import measure_model as measure_one
 CROPS_FOLDER = "DIV2K_valid_crop256"
 DIV2K = "DIV2K_valid_HR"
 BENCHMARK_FOLDERS = ("Set5", "Set14", "BSD100", CROPS_FOLDER, DIV2K)
-CLEAN = ("bicubic", "jpeg75", "jpeg50", "jpeg30")
-PHOTO = (*CLEAN, "webp50", "blur-noise-jpeg")
+CLEAN = degradations_for("bicubic")
+PHOTO = degradations_for("PhotoRecipe")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Contender:
     @property
     def damages(self) -> tuple[str, ...]:
         "The kinds of damage that it is meant for"
-        return PHOTO if re.search("photo|vivid|real|bsr|old", self.model.name, re.I) else CLEAN
+        return degradations_for(self.model.name, self.model.card.degradation if self.model.card else "")
 
 
 @dataclass(frozen=True)

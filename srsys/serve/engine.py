@@ -125,12 +125,12 @@ def measure_result(
     )
     with open(job.raw("in"), "rb") as before, open(job.raw("out"), "rb") as after:
         while len(rows := worker_pool.read_raw_rows(after, made, 128)):
-            consistency.saw(
+            consistency.add_input(
                 worker_pool.read_raw_rows(
                     before, job.header, math.ceil(128 / plan.scale) + (consistency.count == 0) * 8
                 )
             )
-            consistency.made(rows)
+            consistency.add_result(rows)
         before.seek(middle)
         piece = image.Picture(worker_pool.read_raw_rows(before, job.header, 256))
     return consistency.db, measure_input(piece, jpeg_quality(job.ask.source), job.header) | meter.values()
