@@ -444,15 +444,13 @@ class Restorer:
     ) -> Generator[TileRequest | None, TileResult | None, Plan]:
         """Restore row by row as a generator that yields each tile it needs and is sent the tile's result.
 
-        Where it yields None it only pauses, so that another picture may have a turn; it is sent None. It returns the plan
-        with what happened. A `RestoreError` that is thrown into it, or that it raises, ends the work.
+        Where it yields None it only pauses, so that another picture may have a turn, and is sent None. It returns the
+        plan, completed by what happened. A `RestoreError` that is thrown into it, or that it raises, ends the work.
         """
         plan = self.plan(header, scale)
         model_scale, (down, across) = self.model.scale, self._grid(header)
-        native_size = header.height * model_scale, header.width * model_scale
-        resizer = (
-            None if native_size == (plan.height, plan.width) else RowResizer(native_size, (plan.height, plan.width))
-        )
+        native_size, size = (header.height * model_scale, header.width * model_scale), (plan.height, plan.width)
+        resizer = None if native_size == size else RowResizer(native_size, size)
         splits = recomputed = 0
         for row, band in zip(down, read_bands(read_rows, header, down, self.model.multiple_of), strict=True):
             tiles = []
@@ -494,8 +492,9 @@ class Restorer:
     ) -> list[TileResult | RestoreError]:  # for each tile what its generator is to be sent, or thrown
         "Run tiles through the network, together if possible. An error is returned for the tile that caused it."
         if len(tiles) > 1:
-            windows, first = np.stack([tile.window for tile in tiles]), tiles[0]
+            first = tiles[0]
             try:
+                windows = np.stack([tile.window for tile in tiles])
                 cores = _restore_windows(self.net, windows, first.core, self.model, first.precision)
             except Exception:
                 cores = None  # then each tile runs alone, and only the one that is the cause fails
