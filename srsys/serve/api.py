@@ -403,7 +403,7 @@ def _version_answer(engine: Engine) -> dict:
         "models": {name: found.label for name, (_, found) in served.items()},
         "unavailable": engine.table.broken if engine.table else {},
         "refused": engine.table.refused if engine.table else {},
-        "registry": (engine.table.away if engine.table else "") or "answers",
+        "registry": (engine.table.registry_error if engine.table else "") or "answers",
     }
 
 

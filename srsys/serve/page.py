@@ -44,7 +44,7 @@ from . import api as service
 from . import page_parts, result_card, worker_pool
 from .access import API_ROUTES, AccessPolicy
 from .admission import RequestError, RestoreRequest, RestoreResult, as_request_error
-from .engine import Engine, RestoreJob, choose_pool, read_in_worker, record_measures_in
+from .engine import Engine, RestoreJob, read_in_worker
 from .feedback import Feedback, PageVote, store_feedback
 from .worker_pool import PREVIEW_SIDE
 
@@ -139,7 +139,7 @@ async def page_restore_steps(
             yield PageUpdate(page_parts.progress_html(job, ahead), working=True)
         result = done.result()
         yield PageUpdate('<div class="panel bar" role="status">Preparing the view</div>', working=True)
-        pool = choose_pool(desk.engine, result.plan)
+        pool = desk.engine.pool_for(result.plan)
         shift = await asyncio.wrap_future(pool.threads.submit(_finish, desk, pool, source, folder, result))
         code, label = 200, result.label
         yield PageUpdate(
@@ -363,7 +363,7 @@ def create_page_app(
     page_parts.make_examples(folder / "examples")
     (folder / "shelf").mkdir()
     desk = PageContext(engine, page_parts.SessionFolders(folder / "shelf"), {})
-    record_measures_in(engine, home / "monitor.db")
+    engine.record_measures(home / "monitor.db")
     app = service.create_api(engine, home / "feedback.db", terms)
     app.state.shelf = desk.shelf
     add_upload_routes(app, desk, folder / "examples")

@@ -326,7 +326,7 @@ def error_html(error: BaseException) -> str:
 def progress_html(job: RestoreJob, ahead: int) -> str:
     "How far the work has come."
     done, total = job.progress
-    if not job.running:
+    if job.state.waiting:
         return f'<div class="panel bar" role="status">Waiting; {ahead} {"picture is" if ahead == 1 else "pictures are"} before yours</div>'
     words = f"Restoring: {done} of {total} {'tile' if total == 1 else 'tiles'} done" if total else "Reading the picture"
     words = "Writing the result" if total and done == total else words

@@ -21,7 +21,7 @@ from ..registry.store import Store
 from .access import AccessPolicy
 from .admission import ServerLimits
 from .api import create_api
-from .engine import Engine, record_measures_in
+from .engine import Engine
 from .model_table import RegistryWatcher, load_table, refresh_table
 
 
@@ -47,7 +47,7 @@ class Replica:
         torch.set_num_threads(service.cores)
         store, chosen = Store(service.home, service.uri), (service.device, service.precision)
         self.service, self.engine = service, Engine(lambda: load_table(store, *chosen))
-        record_measures_in(self.engine, service.home / "monitor.db")
+        self.engine.record_measures(service.home / "monitor.db")
         self.engine.warm()
         self.watch = RegistryWatcher(self.engine, lambda table: refresh_table(table, store, *chosen), service.poll)
 
@@ -57,7 +57,7 @@ class Replica:
 
     def check_health(self) -> None:
         "Raises RuntimeError if nobody works here any more."
-        if self.engine.thread.ident and not self.engine.thread.is_alive():
+        if self.engine.device.ident and not self.engine.device.is_alive():
             raise RuntimeError("the thread of the device has ended")
 
 

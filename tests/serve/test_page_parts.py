@@ -10,7 +10,7 @@ from IPython.display import Image as Shown
 from srsys import image
 from srsys.restore.restorer import Plan
 from srsys.serve.admission import RequestError, RestoreRequest, RestoreResult
-from srsys.serve.engine import RestoreJob
+from srsys.serve.engine import JobState, RestoreJob
 
 # serve/10_page_parts.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
@@ -105,5 +105,5 @@ def test_in_words():
     print(error_html(image.ImageError("cat <3>.png: broken or incomplete")))
     job = RestoreJob(RestoreRequest(Path("cat.png")), fresh_folder())
     assert "2 pictures are before" in progress_html(job, 2)
-    job.running, job.progress = True, (3, 12)
+    job.state, job.progress = JobState.RUNNING, (3, 12)
     assert "3 of 12 tiles" in progress_html(job, 0)

@@ -36,7 +36,7 @@ def test_two_ways_to_end():
     # serve/06_shutdown.ipynb #lesson-server
     draining = server()
     draining.handle_exit(signal.SIGTERM, None)
-    assert draining.engine.closing and not run(draining.on_tick(1)) and not draining.engine.jobs[0].stop.is_set(), (
+    assert draining.engine.closing and not run(draining.on_tick(1)) and not draining.engine.jobs[0].cancel_reason, (
         "the picture is finished"
     )
     draining.engine.jobs.clear()
@@ -48,7 +48,7 @@ def test_two_ways_to_end():
 
     late = server(drain=-1)
     late.handle_exit(signal.SIGTERM, None)
-    assert run(late.on_tick(1)) and late.engine.jobs[0].why.status == 503, "time is up"
+    assert run(late.on_tick(1)) and late.engine.jobs[0].cancel_reason.status == 503, "time is up"
 
     hurried = server()
     hurried.handle_exit(signal.SIGINT, None)
@@ -56,7 +56,7 @@ def test_two_ways_to_end():
         hurried.stop.is_set()
         and run(hurried.on_tick(1))
         and hurried.engine.closing
-        and hurried.engine.jobs[0].stop.is_set()
+        and hurried.engine.jobs[0].cancel_reason
     )
     twice = server()
     twice.handle_exit(signal.SIGTERM, None)
