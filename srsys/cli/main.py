@@ -317,7 +317,7 @@ def serve(
             device,
             precision,
             mlflow_port,
-            terms=_terms(settings),
+            policy=_terms(settings),
             poll=settings.poll,
         )
     )

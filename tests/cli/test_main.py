@@ -186,7 +186,7 @@ def test_serve():
     with mock.patch.dict("sys.modules", {"srsys.serve.page": page}):
         assert (
             srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0
-            and page.run_service.call_args.kwargs["terms"].tokens == ()
+            and page.run_service.call_args.kwargs["policy"].tokens == ()
         )
         print(page.run_service.call_args.args[1:])
     many = mock.Mock()
