@@ -61,19 +61,19 @@ train: $(READY) ## a shipped model, or more of one: make train MODEL=fast-x4 DAT
 	  --data $(or $(DATA),$(error say where the training pictures are: DATA=folder))
 
 bench: $(READY) ## seconds, megabytes and pictures a minute on this machine, beside PEER=weights of another network
-	@$(BIN)/python -c "from srsys.evaluate.speed import speed_main; speed_main()" bench $(if $(PEER),--peer $(PEER))
-	@exec $(BIN)/python -c "from srsys.serve.load_test import load_test_main; load_test_main()"
+	@$(BIN)/srsys bench $(if $(PEER),--peer $(PEER))
+	@exec $(BIN)/srsys load-test
 
 tables: $(READY) ## every model on every benchmark, and the pages that show it: BENCHMARKS=folder [MODELS="file catalog:name"] [TRUST="sha256"] [TRACK=1]
 	$(BIN)/srsys tables --benchmarks $(or $(BENCHMARKS),$(error say where Set5, Set14 and the others lie: BENCHMARKS=folder)) \
 	  $(MODELS:%=--model %) $(TRUST:%=--trust %) $(if $(TRACK),--track) --crops nbs/images/tables.jpg
-	$(BIN)/python -c "from srsys.evaluate.speed import speed_main; speed_main()" kpi
+	$(BIN)/srsys kpi
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/evaluate/02_tables.ipynb nbs/index.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python nbs/_pages/readme.py
 
 kpi: $(READY) ## each goal with its figure, after `make bench` and `make tables`
-	@exec $(BIN)/python -c "from srsys.evaluate.speed import speed_main; speed_main()" kpi
+	@exec $(BIN)/srsys kpi
 
 gate: $(READY) ## the challenger of MODEL is judged beside its champion, in gate.md; status 1 if it is refused
 	$(BIN)/srsys run evaluate -p model $(MODEL) -p least 60 -p stand_in false

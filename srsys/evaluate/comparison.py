@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from skimage import data
@@ -259,7 +260,7 @@ def run_trial(
     on_progress(f"hostile files for {challenger.name}")
     hostile = [run_hostile_files(restorer) for restorer in restorers]
 
-    def evidence(i: int, **results) -> Evidence:
+    def evidence(i: int, **results: Any) -> Evidence:
         model = models[i]
         return Evidence(
             labels[i] or model.name,

@@ -255,7 +255,7 @@ def peak_memory(
         path.write_bytes(content)
         torch.save(model, weights)
         start = time.perf_counter()
-        command = [sys.executable, "-c", _PEAK_MEMORY_SCRIPT, weights, path, out]
+        command = [sys.executable, "-c", _PEAK_MEMORY_SCRIPT, str(weights), str(path), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return round(int(done.stdout) * 1024 / 1e6), round(time.perf_counter() - start, 1)
 

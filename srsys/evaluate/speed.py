@@ -302,10 +302,11 @@ def quality_goals(
     )
     if crops and not whole:
         figure = f"on the crops: {figure} (26.58 dB at ×4 there is the same gain)"
+    figure = figure or "no pictures"
     mean = whole[4].mean if 4 in whole else None
     return [
-        Goal("DIV2K validation ×4, RGB PSNR ≥ 28 dB", figure or "no pictures", _verdict(mean and mean.psnr_rgb >= 28)),
-        Goal("DIV2K validation ×4, luma SSIM > .85", figure or "no pictures", _verdict(mean and mean.ssim_y > 0.85)),
+        Goal("DIV2K validation ×4, RGB PSNR ≥ 28 dB", figure, _verdict(mean.psnr_rgb >= 28 if mean else None)),
+        Goal("DIV2K validation ×4, luma SSIM > .85", figure, _verdict(mean.ssim_y > 0.85 if mean else None)),
     ]
 
 

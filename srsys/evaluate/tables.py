@@ -324,13 +324,13 @@ def published_scores(
     "Read the literature's figures, weakest first"
     document = tomllib.loads(Path(path).read_text())
 
-    def read_row(model: str, scale: int, parameters: int, giga_macs: float, *rest: float | str) -> PublishedScore:
-        *figures, source = rest  # dB and SSIM of each benchmark in turn
+    def read_row(row: list) -> PublishedScore:
+        model, scale, parameters, giga_macs, *figures, source = row  # figures: dB and SSIM of each benchmark in turn
         luma = dict(zip(BENCHMARK_FOLDERS[:3], zip(figures[::2], figures[1::2], strict=True), strict=True))
         macs = round(giga_macs * 1e9 * scale**2 / (1280 * 720))
         return PublishedScore(model, scale, parameters, macs, luma, document["sources"][source])
 
-    return sorted((read_row(*row) for row in document["published"]["rows"]), key=lambda score: score.luma["Set5"])
+    return sorted(map(read_row, document["published"]["rows"]), key=lambda score: score.luma["Set5"])
 
 
 # %% ../../nbs/evaluate/02_tables.ipynb #rows
