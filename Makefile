@@ -62,19 +62,19 @@ train: $(READY) ## train a shipped model, or continue its training: make train M
 	  --data $(or $(DATA),$(error set DATA to the folder of training pictures))
 
 bench: $(READY) ## measure time, memory and pictures per minute on this machine; PEER=FILE also measures another network's weights
-	@$(BIN)/python -c "from srsys.evaluate.speed import speed_main; speed_main()" bench $(if $(PEER),--peer $(PEER))
-	@exec $(BIN)/python -c "from srsys.serve.load_test import load_test_main; load_test_main()"
+	@$(BIN)/srsys bench $(if $(PEER),--peer $(PEER))
+	@exec $(BIN)/srsys load-test
 
 tables: $(READY) ## score every model on every benchmark and update the pages: BENCHMARKS=folder [MODELS="file catalog:name"] [TRUST="sha256"] [TRACK=1]
 	$(BIN)/srsys tables --benchmarks $(or $(BENCHMARKS),$(error set BENCHMARKS to the folder that holds Set5, Set14 and the others)) \
 	  $(MODELS:%=--model %) $(TRUST:%=--trust %) $(if $(TRACK),--track) --crops nbs/images/tables.jpg
-	$(BIN)/python -c "from srsys.evaluate.speed import speed_main; speed_main()" kpi
+	$(BIN)/srsys kpi
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/evaluate/02_tables.ipynb nbs/index.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python nbs/_pages/readme.py
 
 kpi: $(READY) ## print each goal with its measured figure; run `make bench` and `make tables` first
-	@exec $(BIN)/python -c "from srsys.evaluate.speed import speed_main; speed_main()" kpi
+	@exec $(BIN)/srsys kpi
 
 gate: $(READY) ## compare the challenger of MODEL with its champion and write gate.md; exits with status 1 if it is refused
 	$(BIN)/srsys run evaluate -p model $(MODEL) -p least 60 -p stand_in false
