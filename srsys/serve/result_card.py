@@ -47,14 +47,14 @@ VOTE_HTML = f"""<form class="vote"><fieldset><legend>Is it better than before?</
 <path d="{_THUMB}"/></svg>Yes</label>
 <label><input type="radio" name="vote" value="down"><svg viewBox="0 0 24 24" aria-hidden="true">
 <path transform="rotate(180 12 12)" d="{_THUMB}"/></svg>No</label></fieldset>
-<label class="reason">Why? If you like<input type="text" name="reason" maxlength="1000" autocomplete="off"></label>
+<label class="reason">Why? (optional)<input type="text" name="reason" maxlength="1000" autocomplete="off"></label>
 <label class="keep"><input type="checkbox" name="keep">
 Keep my picture on this machine, so that a model can learn from it</label>
 <button type="submit">Send</button><p role="status" aria-live="polite"></p></form>"""
 
-_HEAT_MAP_HTML = """<button type="button" class="show-map" aria-expanded="false">Where does it depart?</button>
-<figure class="heat" hidden><img alt="The picture in grey; in red where the result departs from it">
-<figcaption>Red: there the result, made small again, is not what you gave.</figcaption></figure>"""
+_HEAT_MAP_HTML = """<button type="button" class="show-map" aria-expanded="false">Where does it differ?</button>
+<figure class="heat" hidden><img alt="The picture in grey, with red where the result differs from it">
+<figcaption>Red: where the result, scaled back down, differs from your picture.</figcaption></figure>"""
 
 SHOWN_WAIT = 0.2  # seconds in the queue, from which on they are mentioned
 

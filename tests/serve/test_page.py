@@ -155,7 +155,7 @@ def test_behind_the_page():
     broken.write_bytes(broken.read_bytes()[:5000])
     for token, model, size, message in [
         (uploaded(service, broken), "photo", "2", "half.png: broken or incomplete"),
-        ("0" * 32, "photo", "2", "this picture is no longer here"),
+        ("0" * 32, "photo", "2", "this picture is no longer on the server"),
         (uploaded(service, picture_file()), "mystery", "2", "there is no model"),
         (uploaded(service, picture_file()), "photo", "100x50", "already as large"),
     ]:
@@ -211,7 +211,7 @@ def test_the_page():
     assert "cat.png, 160 × 96 pixels" in view
     assert restore["interactive"] and not cancel["visible"]
     found, _, message, *_ = show_upload(service, gr.EventData(None, {"token": "0" * 32, "kind": ""}))
-    assert found == "" and "no longer here" in message
+    assert found == "" and "no longer on the server" in message
 
     # serve/11_page.ipynb #lesson-page-press
     class GradioRequest:

@@ -153,7 +153,7 @@ def test_cancel_ends_it_at_the_next_tile(open_page):
 def test_a_bad_file_is_one_plain_line(open_page, content, words):
     page = open_page()
     choose(page, {"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": content})
-    said = page.locator(".said")
+    said = page.locator(".drop-message")
     expect(said).to_contain_text(words)
     assert "holiday.jpg" in said.inner_text() and "Traceback" not in page.content()
     expect(page.get_by_role("button", name="Restore")).to_be_disabled()
@@ -211,7 +211,7 @@ def test_a_vote_is_kept_and_the_picture_only_if_it_was_given(open_page, served):
         tick.set_checked(keep)
         page.get_by_role("button", name="Send").click()
         expect(
-            page.get_by_text(f"Thank you. Your picture is {'kept with your word' if keep else 'not kept'}.")
+            page.get_by_text(f"Thank you. Your picture is {'kept with your vote' if keep else 'not kept'}.")
         ).to_be_visible()
         with closing(sqlite3.connect(served.home / "feedback.db")) as db:
             made, *kept, picture = db.execute(
@@ -261,7 +261,7 @@ def test_it_is_used_without_a_mouse(open_page):
     with page.expect_download() as download:
         page.keyboard.press("Enter")
     assert download.value.suggested_filename == "portrait-x2.png"
-    press(page, "Tab", "Where does it depart?")
+    press(page, "Tab", "Where does it differ?")
     page.keyboard.press("Enter")
     expect(page.get_by_alt_text("The picture in grey")).to_be_visible()
     press(page, "Tab", "Yes")
@@ -280,12 +280,12 @@ def test_axe_finds_nothing(open_page, width, scheme):
     for state in ("empty", "failed", "restored"):
         if state == "failed":
             choose(page, {"name": "holiday.jpg", "mimeType": "image/jpeg", "buffer": b"Dear Sir or Madam,"})
-            expect(page.locator(".said")).to_contain_text("not a picture")
+            expect(page.locator(".drop-message")).to_contain_text("not a picture")
         if state == "restored":
             choose(page, file(data.astronaut()[:120, 160:320]))
             expect(page.get_by_alt_text("The picture you chose: holiday.png")).to_be_visible()
             restore(page)
-            page.get_by_role("button", name="Where does it depart?").click()
+            page.get_by_role("button", name="Where does it differ?").click()
             expect(page.get_by_alt_text("The picture in grey")).to_be_visible()
         found = Axe().run(page)
         assert found.violations_count == 0, f"{state}: {found.generate_report()}"

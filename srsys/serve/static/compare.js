@@ -1,5 +1,5 @@
 // The before/after view: two pictures over each other, a slider, and a zoom to 100 %.
-// Gradio runs this once with `element` and `watch`; the HTML in `element` is replaced with every picture.
+// Gradio runs this once, as a function of `element` and others; the HTML in `element` is replaced with every picture.
 const TELEPHONE_WIDTH = 800;  // pixels, as in the style sheets
 const find = selector => element.querySelector(selector);
 const findSlider = () => find('input[type=range]');

@@ -1,5 +1,5 @@
 // The drop area: choosing, dropping, pasting and clicking an example all upload a file and hand its token to Gradio.
-// Gradio runs this once with `element`, `props` and `trigger`.
+// Gradio runs this once, as a function of `element`, `props`, `trigger`, `upload`, `watch` and `server`.
 const area = element.querySelector('.drop');
 const input = element.querySelector('input');
 const message = element.querySelector('.drop-message');
@@ -10,7 +10,7 @@ const show = (text, isError = false) => {
   message.classList.toggle('bad', isError);
 };
 
-const upload = async (file, name, kind = '') => {
+const sendFile = async (file, name, kind = '') => {
   if (!file) return;
   if (file.size > props.max_bytes) {
     show(`${name} is larger than the limit of ${Math.round(props.max_bytes / MEGABYTE)} MB.`, true);
@@ -35,7 +35,7 @@ const upload = async (file, name, kind = '') => {
 
 input.addEventListener('change', () => {
   const file = input.files[0];
-  upload(file, file && file.name);
+  sendFile(file, file && file.name);
   input.value = '';  // so that the same file can be chosen again
 });
 
@@ -50,7 +50,7 @@ area.addEventListener('drop', event => {
   event.preventDefault();
   area.classList.remove('over');
   const file = event.dataTransfer.files[0];
-  if (file) upload(file, file.name);
+  if (file) sendFile(file, file.name);
   else show('That was not a file.', true);
 });
 
@@ -58,7 +58,7 @@ document.addEventListener('paste', event => {
   const file = event.clipboardData.files[0];
   if (!file) return;
   event.preventDefault();
-  upload(file, file.name || 'pasted.png');
+  sendFile(file, file.name || 'pasted.png');
 });
 
 element.addEventListener('click', async event => {
@@ -66,5 +66,5 @@ element.addEventListener('click', async event => {
   if (!button) return;
   const { example, kind } = button.dataset;
   const response = await fetch(`page/examples/${example}`);
-  upload(await response.blob(), example, kind);
+  sendFile(await response.blob(), example, kind);
 });

@@ -1,5 +1,5 @@
 // The card below a result: shows the heat map when asked, and sends the vote.
-// Gradio runs this once with `element`; the HTML in `element` is replaced with every result.
+// Gradio runs this once, as a function of `element` and others; the HTML in `element` is replaced with every result.
 const JSON_HEADERS = { 'Content-Type': 'application/json' };
 const resultUrl = name => `page/${element.querySelector('.facts').dataset.result}/${name}`;
 
@@ -24,7 +24,7 @@ element.addEventListener('submit', async event => {
     });
     if (response.ok) {
       message.textContent = vote.keep
-        ? 'Thank you. Your picture is kept with your word.'
+        ? 'Thank you. Your picture is kept with your vote.'
         : 'Thank you. Your picture is not kept.';
     } else {
       message.textContent = (await response.json()).detail;

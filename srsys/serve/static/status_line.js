@@ -1,5 +1,5 @@
 // Scrolls the status line into view when it says something outside the window.
-// Gradio runs this once with `element` and `watch`.
+// Gradio runs this once, as a function of `element` and others.
 const MARGIN = 60;  // pixels that must be visible at the bottom
 
 watch('value', () => {
