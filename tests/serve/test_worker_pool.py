@@ -13,6 +13,7 @@ import numpy as np
 from skimage import data
 
 from srsys import image
+from srsys.serve import worker_pool
 
 # serve/01_worker_pool.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
@@ -73,7 +74,7 @@ def test_previews_for_the_page():
 
 
 def test_a_worker_process():
-    from srsys.serve.worker_pool import Worker, WorkerCrashed, decode_to_raw, serve_tasks
+    from srsys.serve.worker_pool import Worker, WorkerCrashed, serve_tasks
 
     # serve/01_worker_pool.ipynb #lesson-attend
     ours, theirs = multiprocessing.Pipe()
@@ -90,7 +91,8 @@ def test_a_worker_process():
     # serve/01_worker_pool.ipynb #lesson-worker
     worker = Worker()
     assert worker.call(60, sorted, [3, 1, 2]) == [1, 2, 3] and worker.call(60, os.getpid) == worker.process.pid
-    message = refusal(image.FormatError, worker.call, 60, decode_to_raw, HOME / "cat.raw", HOME / "x.raw", "cat.raw")
+    decode = worker_pool.decode_to_raw  # a worker imports its tasks, so it needs the one of the package
+    message = refusal(image.FormatError, worker.call, 60, decode, HOME / "cat.raw", HOME / "x.raw", "cat.raw")
     assert message.startswith("cat.raw: ")
     assert refusal(WorkerCrashed, worker.call, 60, os.abort) == "the process ended without an answer"
     for fatal in [lambda w: w.call(0.5, time.sleep, 60), lambda w: w.process.kill() or w.call(60, os.getpid)]:
