@@ -205,9 +205,9 @@ def retrain(
         validation_pairs(list(map(read_rgb, held)), config),
         [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()],
     )
-    before = validate(partial(upscale_picture, champion.model.net, scale=config.scale), pairs, config.scale)[0][
-        "psnr_rgb"
-    ]
+    multiple_of = config.network.multiple_of
+    restore = partial(upscale_picture, champion.model.net, scale=config.scale, multiple_of=multiple_of)
+    before = validate(restore, pairs, config.scale)[0]["psnr_rgb"]
     return RetrainResult(
         champion,
         register_challenger(store, path),
@@ -235,7 +235,7 @@ def comparison_sheet(
         y, x = ((n - side) // 2 for n in hr.shape[:2])
         hr = crop_to_multiple(hr[max(0, y) :, max(0, x) :][:side, :side], scale)
         lr = degrade_picture(hr, scale, degrade, i)
-        row = [imresize(lr, scale), *(upscale_picture(m.net, lr, scale) for m in networks), hr]
+        row = [imresize(lr, scale), *(upscale_picture(m.net, lr, scale, m.multiple_of) for m in networks), hr]
         shown.append(
             np.concatenate(
                 [np.pad(p, [(0, max(0, side - n)) for n in p.shape[:2]] + [(0, 0)], constant_values=255) for p in row],

@@ -14,7 +14,7 @@ from srsys.evaluate.measure import EvaluateError, evaluate
 from srsys.image import Picture, save_picture
 from srsys.metrics.scores import Report
 from srsys.models.networks import CompactNet
-from srsys.models.weights import load, shipped_weights, wrap_compact
+from srsys.models.weights import load, shipped_weights, wrap_network
 
 # evaluate/02_tables.ipynb #lesson-shared
 torch.set_num_threads(1)  # the lessons' pictures are too small to be shared out
@@ -156,7 +156,7 @@ def test_measuring_what_is_missing():
         # other weights of the same name take the older ones' place
         torch.manual_seed(0)
         newer = Contender(
-            wrap_compact(CompactNet(4, features=4, convs=1), "mine-x4", "of newer weights"), "mine-x4.safetensors"
+            wrap_network(CompactNet(4, features=4, convs=1), "mine-x4", "of newer weights"), "mine-x4.safetensors"
         )
         older = Contender(replace(newer.model, sha256="of older weights"), newer.spec)
         for contender in (older, newer):
@@ -214,7 +214,7 @@ def test_from_the_document_to_tables():
     ]
     torch.manual_seed(0)
     untrained = Contender(
-        wrap_compact(CompactNet(4, features=4, convs=1), "untrained-x4", "of untrained weights"),
+        wrap_network(CompactNet(4, features=4, convs=1), "untrained-x4", "of untrained weights"),
         "untrained-x4.safetensors",
     )
     with benchmarks() as (folder, path):

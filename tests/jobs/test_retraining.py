@@ -54,7 +54,7 @@ def test_fine_tuned_and_proposed():
     renewed = retrain(store, "fast-x4", training[:4], held[:2], accelerator="cpu", **tiny)
     print(f"{renewed.champion.label}, {renewed.before:.2f} dB → {renewed.version.label}, {renewed.after:.2f} dB")
     assert renewed.version.aliases == ("challenger",) and [row["step"] for row in renewed.curve] == [1, 2]
-    with mock.patch("srsys.train.loop.train_step") as stepped:  # the same again: nothing is left to do
+    with mock.patch("srsys.train.loop.TrainingRun.train_step") as stepped:  # the same again: nothing is left to do
         again = retrain(store, "fast-x4", training[:4], held[:2], accelerator="cpu", **tiny)
         assert not stepped.called and again.version == renewed.version
     for pictures in ([], training):
