@@ -1,6 +1,7 @@
-"""The model gate: `gate.py MODEL REPORT` decides on what `srsys run evaluate` found, and exits 1 if the challenger is refused.
+"""The model gate: `gate.py MODEL REPORT` decides by what `srsys run evaluate` measured.
 
-A refusal is recorded in the registry; an acceptance waits for `srsys promote`, which a person starts.
+Exits with status 1 if the challenger is refused, which is recorded in the registry. An accepted challenger becomes
+champion when a person starts `srsys promote`.
 """
 
 import sys
@@ -14,15 +15,17 @@ from srsys.registry.store import Store, list_versions
 
 
 def judge(model: str, report: Path) -> int:
+    "Write the decision on the challenger of a model to `report`, and return the exit status."
     settings = read_settings()
-    store, file = Store(settings.home, settings.tracking_uri), settings.home / f"runs/{model}.evidence.json"
+    store = Store(settings.home, settings.tracking_uri)
     if not any("challenger" in version.aliases for version in list_versions(store, f"srsys-{model}")):
         report.write_text(f"srsys-{model} has no challenger: nothing to judge.\n")
         return 0
-    decision = gate(*read_evidence(file))
+    evidence = settings.home / f"runs/{model}.evidence.json"
+    decision = gate(*read_evidence(evidence))
     report.write_text(decision.markdown() + "\n")
     if not decision.accepted:
-        promote(store, model, decision, [file])
+        promote(store, model, decision, [evidence])
     return 0 if decision.accepted else 1
 
 

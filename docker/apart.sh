@@ -1,5 +1,5 @@
 #!/bin/sh
-# Lay CUDA's libraries and PyTorch apart from the rest of /opt/srsys, in folders that are copied back over it.
+# Move CUDA's libraries and PyTorch out of /opt/srsys to /apart, from where the Dockerfile copies them back as separate layers.
 set -eu
 cd /opt/srsys
 mkdir -p /apart/cuda /apart/torch

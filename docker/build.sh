@@ -1,6 +1,6 @@
 #!/bin/sh
-# build.sh TARGET…: images where there is no Docker, with buildah and without privileges.
-# BASE names the base image, which buildah must have or be able to get; TORCH as in install.sh.
+# build.sh TARGET…: build images with buildah, without Docker and without privileges.
+# BASE names the base image, which buildah must have or be able to pull; TORCH is explained in install.sh.
 set -eu
 cd "$(dirname "$0")/.."
 for target in "$@"; do

@@ -20,31 +20,29 @@ from pathlib import Path
 from srsys.files import FetchError
 
 # 01_files.ipynb #lesson-helpers
-WEIGHTS = random.Random(7).randbytes(1_000_000)  # a megabyte to fetch
+WEIGHTS = random.Random(7).randbytes(1_000_000)  # the megabyte that the server offers
 
 
-class Careless(BaseHTTPRequestHandler):
-    "A server with `faults`, one for each answer; the answers after the last of them are as they should be."
+class FaultyHandler(BaseHTTPRequestHandler):
+    "Answers with one of `faults` after the other, and correctly when there are none left."
 
     calls, faults, weights = [], [], WEIGHTS
 
     def do_GET(self):
-        asked, fault = self.headers.get("Range"), self.faults.pop(0) if self.faults else ""
-        self.calls.append(asked)
+        requested, fault = self.headers.get("Range"), self.faults.pop(0) if self.faults else ""
+        self.calls.append(requested)
         if fault == "busy" or self.path == "/missing":
             return self.send_error(503 if fault else 404)
         etag = f'"{hash(self.weights)}"'
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and "no ranges" not in fault else 0
-        if fault != "glue" and self.headers.get("If-Range", etag) != etag:
-            start = 0  # it is another file now, so all of it
+        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and "no ranges" not in fault else 0
+        if fault != "ignore If-Range" and self.headers.get("If-Range", etag) != etag:
+            start = 0  # the file has changed, so all of it is sent
         if start >= len(self.weights):
             return self.send_error(416)
         end = len(self.weights) if fault != "hang up" else min(start + 300_000, len(self.weights))
+        wrong_length = {"too long": 99, "too short": -99}.get(fault[-9:].strip(), 0)
         self.send_response(206 if start else 200)
-        self.send_header(
-            "Content-Length",
-            str(len(self.weights) - start + {"too long": 99, "too short": -99}.get(fault[-9:].strip(), 0)),
-        )
+        self.send_header("Content-Length", str(len(self.weights) - start + wrong_length))
         self.send_header("ETag", etag)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(self.weights) - 1}/{len(self.weights)}")
@@ -52,7 +50,7 @@ class Careless(BaseHTTPRequestHandler):
         try:
             self.wfile.write(self.weights[start : start + 1000] if fault == "stall" else self.weights[start:end])
         except OSError:
-            return  # nobody listens any more
+            return  # the client disconnected
         if fault == "stall":
             time.sleep(1)
 
@@ -61,10 +59,10 @@ class Careless(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def careless_server(*faults, weights=WEIGHTS):
-    "Its address, and a folder to fetch into."
-    Careless.calls, Careless.faults, Careless.weights = [], list(faults), weights
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Careless)
+def faulty_server(*faults, weights=WEIGHTS):
+    "The server's address, and a folder to download into."
+    FaultyHandler.calls, FaultyHandler.faults, FaultyHandler.weights = [], list(faults), weights
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FaultyHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory() as folder:
         yield f"http://127.0.0.1:{server.server_port}", Path(folder)
@@ -72,15 +70,16 @@ def careless_server(*faults, weights=WEIGHTS):
     server.server_close()
 
 
-def failure(do, *args, **options):
+def failure(function, *args, **options):
+    "The message of the `FetchError` that a call raises, with addresses and temporary folders shortened."
     try:
-        do(*args, **options)
+        function(*args, **options)
     except FetchError as error:
         return re.sub(r"http://127.0.0.1:\d+|/\S*/tmp\w+", "…", str(error))
-    raise AssertionError("that should have failed")
+    raise AssertionError("expected a FetchError")
 
 
-def test_a_file_s_true_name():
+def test_digests():
     from srsys.files import sha256
 
     # 01_files.ipynb #digest-lesson
@@ -91,7 +90,7 @@ def test_a_file_s_true_name():
         assert sha256(file).startswith("ba7816bf")  # FIPS 180-2, appendix B.1
 
 
-def test_all_or_nothing():
+def test_atomic_writes():
     from srsys.files import atomic_write
 
     # 01_files.ipynb #replacing-lesson
@@ -108,129 +107,136 @@ def test_all_or_nothing():
                 hidden.write_text("half of the n")
                 raise OSError("No space left on device")
         except OSError as error:
-            print(error)
+            assert str(error) == "No space left on device"
+        else:
+            raise AssertionError("the error must not be swallowed")
         assert report.read_text() == "new" and os.listdir(folder) == ["report.json"]
 
 
-def test_one_at_a_time():
+def test_exclusive_locks():
     from srsys.files import exclusive
 
     # 01_files.ipynb #alone-lesson
-    inside, most = set(), []
+    inside, counts = set(), []
 
-    def come_and_go(path, who):
+    def enter_and_leave(path, name):
         with exclusive(path):
-            inside.add(who)
-            most.append(len(inside))
+            inside.add(name)
+            counts.append(len(inside))
             time.sleep(0.02)
-            inside.remove(who)
+            inside.remove(name)
 
     with tempfile.TemporaryDirectory() as folder:
-        crowd = [threading.Thread(target=come_and_go, args=[Path(folder, "thing"), i]) for i in range(8)]
-        for one in crowd:
-            one.start()
-        for one in crowd:
-            one.join()
-        assert most == [1] * 8 and not os.listdir(folder)
+        threads = [threading.Thread(target=enter_and_leave, args=[Path(folder, "thing"), i]) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert counts == [1] * 8 and not os.listdir(folder)
 
 
-def test_try_again_then_prove():
+def test_download_and_verify():
     from srsys.files import download, sha256
 
     # 01_files.ipynb #download-lesson
-    promised = hashlib.sha256(WEIGHTS).hexdigest()
-    with careless_server("hang up", "busy", "hang up", "too long") as (url, folder):
-        target, seen = folder / "weights.bin", []
-        assert download(url, target, promised, lambda have, total: seen.append((have, total)), pause=0.01) == target
-        assert sha256(target) == promised and os.listdir(folder) == ["weights.bin"]
-        assert seen[-1] == (len(WEIGHTS), len(WEIGHTS))
-        print(Careless.calls)  # each time, only the rest was asked for
-        calls = len(Careless.calls)
-        download(url, target, promised)
-        assert len(Careless.calls) == calls  # and once it is there, nothing
+    expected = hashlib.sha256(WEIGHTS).hexdigest()
+    with faulty_server("hang up", "busy", "hang up", "too long") as (url, folder):
+        target, progress = folder / "weights.bin", []
+        assert download(url, target, expected, lambda have, total: progress.append((have, total)), pause=0.01) == target
+        assert sha256(target) == expected and os.listdir(folder) == ["weights.bin"]
+        assert progress[-1] == (len(WEIGHTS), len(WEIGHTS))
+        # each attempt requests only the rest
+        starts = [None, "bytes=300000-", "bytes=300000-", "bytes=600000-", "bytes=1000000-"]
+        assert FaultyHandler.calls == starts
+        download(url, target, expected)
+        assert FaultyHandler.calls == starts  # the file exists, so nothing is requested
 
-    with careless_server("stall", "hang up") as (url, folder):
+    with faulty_server("stall", "hang up") as (url, folder):
         target = folder / "weights.bin"
-        print(failure(download, url, target, promised, timeout=0.2, attempts=2, pause=0.01))
-        assert (folder / "weights.bin.part").stat().st_size == 301_000  # what came is kept for the next time
-        assert sha256(download(url, target, md5=hashlib.md5(WEIGHTS).hexdigest())) == promised
-        assert os.listdir(folder) == ["weights.bin"] and Careless.calls[-1] == "bytes=301000-"
+        message = failure(download, url, target, expected, timeout=0.2, attempts=2, pause=0.01)
+        assert message.endswith("the 301000 bytes that came are kept"), message
+        assert (folder / "weights.bin.part").stat().st_size == 301_000  # kept for the next call
+        assert sha256(download(url, target, md5=hashlib.md5(WEIGHTS).hexdigest())) == expected
+        assert os.listdir(folder) == ["weights.bin"] and FaultyHandler.calls[-1] == "bytes=301000-"
 
     # 01_files.ipynb #download-failure
-    with careless_server() as (url, folder):
+    with faulty_server() as (url, folder):
         target = folder / "weights.bin"
-        print(failure(download, url, target, "0" * 64))
-        print(failure(download, url, target, md5="0" * 32))
-        print(failure(download, url, target, size=999))
-        print(failure(download, url, target, size=2_000_000, attempts=1))
-        Path(f"{target}.part").unlink()  # of that, the half was kept
-        print(failure(download, url, target, size=10**18))
-        print(failure(download, f"{url}/missing", target))
-        print(failure(download, "ftp://example.org/weights.bin", target))
-        print(failure(download, "http://example.org:port/weights.bin", target))
+        wrong_sha256, wrong_md5 = "0" * 64, "0" * 32
+        assert failure(download, url, target, wrong_sha256) == (
+            f"…: expected SHA-256 {wrong_sha256}, found {expected}; the file was deleted"
+        )
+        assert failure(download, url, target, md5=wrong_md5).startswith(f"…: expected MD5 {wrong_md5}, found ")
+        assert failure(download, url, target, size=999) == "…: expected 999 bytes, and more are coming"
+        assert failure(download, url, target, size=2_000_000, attempts=1) == (
+            "…: 1000000 of 2000000 bytes came; the 1000000 bytes that came are kept"
+        )
+        Path(f"{target}.part").unlink()
+        assert failure(download, url, target, size=10**18).startswith("…: 1000000000.00 GB are needed in …")
+        assert failure(download, f"{url}/missing", target) == "…/missing: the server answers 404 Not Found"
+        assert "unsupported protocol" in failure(download, "ftp://example.org/weights.bin", target)
+        assert "Invalid port" in failure(download, "http://example.org:port/weights.bin", target)
         (folder / "a file").touch()
-        print(failure(download, url, folder / "a file" / "weights.bin"))
+        below_a_file = folder / "a file" / "weights.bin"
+        assert failure(download, url, below_a_file) == "…/a file/weights.bin cannot be written: File exists"
 
         def full_disk(have, total):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        print(failure(download, url, target, promised, full_disk))
+        message = failure(download, url, target, expected, full_disk)
+        assert message == "…/weights.bin cannot be written: No space left on device"
         assert os.listdir(folder) == ["a file"]
 
     # 01_files.ipynb #download-short
-    with careless_server("too short", "too short", "", "too long", "no ranges too long") as (url, folder):
+    with faulty_server("too short", "too short", "", "too long", "no ranges too long") as (url, folder):
         target = folder / "weights.bin"
-        print(failure(download, url, target, promised))  # a length too small looks like the end…
-        assert download(url, target, promised, size=len(WEIGHTS), pause=0.01) == target  # … unless we know better
+        # a Content-Length that is too small looks like the end of the file, unless the size is known
+        assert "expected SHA-256" in failure(download, url, target, expected)
+        assert download(url, target, expected, size=len(WEIGHTS), pause=0.01) == target
         target.unlink()
-        assert (
-            sha256(download(url, target, promised, pause=0.01)) == promised
-        )  # a length too great: it is all there, as the digest shows
-        assert not Careless.faults
+        # a Content-Length that is too large: the digest shows that the file is complete
+        assert sha256(download(url, target, expected, pause=0.01)) == expected
+        assert not FaultyHandler.faults
 
 
-def test_never_two_halves_of_two_files():
+def test_never_parts_of_two_versions():
     from srsys.files import download
 
     # 01_files.ipynb #glue-lesson
     other = WEIGHTS[::-1]
-    with careless_server("hang up") as (url, folder):
+    other_sha256 = hashlib.sha256(other).hexdigest()
+    with faulty_server("hang up") as (url, folder):
         target = folder / "weights.bin"
-        print(failure(download, url, target, attempts=1))
-        Careless.weights, Careless.faults = (
-            other,
-            ["glue"],
-        )  # in the meantime, it changes, and the server does not heed If-Range
-        assert download(url, target, pause=0.01).read_bytes() == other and Careless.calls[-2:] == [
-            "bytes=300000-",
-            None,
-        ]  # its ETag told us
+        assert failure(download, url, target, attempts=1).endswith("the 300000 bytes that came are kept")
+        # the file changes, and the server ignores If-Range: the new ETag reveals it
+        FaultyHandler.weights, FaultyHandler.faults = other, ["ignore If-Range"]
+        assert download(url, target, pause=0.01).read_bytes() == other
+        assert FaultyHandler.calls[-2:] == ["bytes=300000-", None]
 
+        # a partial file of unknown origin, and no digest to verify the whole: from the beginning
         target.unlink()
         part = Path(f"{target}.part")
-        part.write_bytes(
-            WEIGHTS[:1000]
-        )  # a half of which nothing is known, and no digest to prove the whole: from the beginning
-        assert download(url, target).read_bytes() == other and Careless.calls[-1] is None
-        target.unlink()
-        part.write_bytes(WEIGHTS[:1000])  # with a digest it is gone on with, found wrong, and fetched anew
-        assert download(url, target, hashlib.sha256(other).hexdigest()).read_bytes() == other and Careless.calls[
-            -2:
-        ] == [
-            "bytes=1000-",
-            None,
-        ]
-        target.rename(part)  # an attempt that was killed just before its end
-        assert download(url, target, hashlib.sha256(other).hexdigest()).read_bytes() == other
+        part.write_bytes(WEIGHTS[:1000])
+        assert download(url, target).read_bytes() == other and FaultyHandler.calls[-1] is None
 
-        for mark, half in ((f'"{hash(other)}"', other + b"more"), ("W/nothing", other[:1000])):
+        # with a digest it is resumed, found wrong, and downloaded again
+        target.unlink()
+        part.write_bytes(WEIGHTS[:1000])
+        assert download(url, target, other_sha256).read_bytes() == other
+        assert FaultyHandler.calls[-2:] == ["bytes=1000-", None]
+
+        # a complete partial file, of an attempt that was killed just before its end
+        target.rename(part)
+        assert download(url, target, other_sha256).read_bytes() == other
+
+        for validator, partial in ((f'"{hash(other)}"', other + b"more"), ("W/nothing", other[:1000])):
             target.unlink()
-            part.write_bytes(half)
-            Path(f"{part}.from").write_text(json.dumps({"url": url, "mark": mark}))
+            part.write_bytes(partial)
+            Path(f"{part}.from").write_text(json.dumps({"url": url, "mark": validator}))
             assert download(url, target, pause=0.01).read_bytes() == other
 
 
-def test_opening_an_archive():
+def test_unpacking_archives():
     from srsys.files import UnpackLimits, unpack
 
     # 01_files.ipynb #unpack-lesson
@@ -255,7 +261,7 @@ def test_opening_an_archive():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         good = {"set/HR/": b"", "set/HR/a.png": WEIGHTS, "set/read me.txt": b"Hello."}
-        seen = []
+        progress = []
         for archive in (
             make_zip(folder / "a.zip", good),
             make_tar(
@@ -263,51 +269,53 @@ def test_opening_an_archive():
             ),
             make_tar(folder / "c.tar", ("set/HR/a.png", WEIGHTS), ("set/read me.txt", b"Hello.")),
         ):
-            there = unpack(archive, folder / archive.stem, on_progress=lambda have, total: seen.append(have))
-            assert sorted(str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()) == [
-                "set/HR/a.png",
-                "set/read me.txt",
-            ]
-            assert (there / "set/HR/a.png").read_bytes() == WEIGHTS and seen[-1] == len(WEIGHTS) + 6
-        print(failure(unpack, archive, there))
+            unpacked = unpack(archive, folder / archive.stem, on_progress=lambda have, total: progress.append(have))
+            found = sorted(str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file())
+            assert found == ["set/HR/a.png", "set/read me.txt"]
+            assert (unpacked / "set/HR/a.png").read_bytes() == WEIGHTS and progress[-1] == len(WEIGHTS) + 6
+        assert failure(unpack, archive, unpacked) == "…/c is there already"
 
     # 01_files.ipynb #unpack-failure
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        outside = {}
+        for i, name in enumerate(("../../evil", "/evil", "a/../../evil", "..\\evil", "C:/evil")):
+            outside[make_zip(folder / f"{i}.zip", {name: b"gotcha"})] = repr(name)
+        outside[make_tar(folder / "up.tgz", ("fine", b"fine"), ("../evil", b"gotcha"))] = "'../evil'"
+
+        links = [
+            make_tar(folder / f"{kind.decode()}.tgz", ("fine", b"fine"), ("entry", kind))
+            for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+        ]
         link = zipfile.ZipInfo("link")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
-        bad = [
-            make_zip(folder / f"{i}.zip", {name: b"gotcha"})
-            for i, name in enumerate(("../../evil", "/evil", "a/../../evil", "..\\evil", "C:/evil"))
-        ]
-        bad += [
-            make_tar(
-                folder / f"{i}.tgz", ("fine", b"fine"), ("../evil" if kind is None else "entry", kind or b"gotcha")
-            )
-            for i, kind in enumerate((None, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE))
-        ]
-        bad += [
-            make_tar(folder / "twice.tar", ("a", b"one"), ("a", b"two")),
-            make_tar(folder / "bomb.tgz", ("zeros", bytes(20_000_000))),
-        ]
-        bad += [make_zip(folder / "bomb.zip", {"zeros": bytes(20_000_000)})]
         with zipfile.ZipFile(folder / "link.zip", "w") as file:
             file.writestr(link, "/etc/passwd")
-        (folder / "half.tgz").write_bytes((folder / "0.tgz").read_bytes()[:60])
-        whole = bytearray(make_zip(folder / "broken.zip", {"a": WEIGHTS}).read_bytes())
-        whole[5000] ^= 255
-        (folder / "broken.zip").write_bytes(whole)
-        (folder / "text.zip").write_text("Dear Sir or Madam,")
-        bad += [folder / name for name in ("link.zip", "half.tgz", "broken.zip", "text.zip", "missing.zip")]
-        there = set(os.listdir(folder))
-        for archive in bad:
-            print(failure(unpack, archive, folder / "out").replace("…/", ""))
-            assert set(os.listdir(folder)) == there and not (folder.parent / "evil").exists()
-        print(
-            failure(
-                unpack,
-                make_zip(folder / "many.zip", {str(i): b"" for i in range(20)}),
-                folder / "out",
-                UnpackLimits(entries=10),
-            ).replace("…/", "")
-        )
+
+        bombs = [
+            make_tar(folder / "bomb.tgz", ("zeros", bytes(20_000_000))),
+            make_zip(folder / "bomb.zip", {"zeros": bytes(20_000_000)}),
+        ]
+
+        twice = make_tar(folder / "twice.tar", ("a", b"one"), ("a", b"two"))
+        half = folder / "half.tgz"
+        half.write_bytes((folder / "up.tgz").read_bytes()[:60])
+        flipped = make_zip(folder / "flipped.zip", {"a": WEIGHTS})
+        damaged = bytearray(flipped.read_bytes())
+        damaged[5000] ^= 255
+        flipped.write_bytes(damaged)
+        text = folder / "text.zip"
+        text.write_text("Dear Sir or Madam,")
+
+        messages = {archive: f"{name} would be written outside of its folder" for archive, name in outside.items()}
+        messages |= dict.fromkeys([*links, folder / "link.zip"], "is a link or a device")
+        messages |= dict.fromkeys(bombs, "more than 16777216 bytes come out of")
+        messages |= dict.fromkeys([twice, half, flipped, text, folder / "missing.zip"], "cannot be unpacked: ")
+        before = set(os.listdir(folder))
+        for archive, expected_message in messages.items():
+            message = failure(unpack, archive, folder / "out")
+            print(message.removeprefix("…/"))
+            assert expected_message in message, message
+            assert set(os.listdir(folder)) == before and not (folder.parent / "evil").exists()
+        many = make_zip(folder / "many.zip", {str(i): b"" for i in range(20)})
+        assert "more than 10 entries" in failure(unpack, many, folder / "out", UnpackLimits(entries=10))

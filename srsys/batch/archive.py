@@ -48,7 +48,6 @@ import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
 from srsys.batch.folder import (
-    READ_SUFFIXES,
     BatchError,
     FileJob,
     FileResult,
@@ -58,7 +57,7 @@ from srsys.batch.folder import (
 )
 
 from ..files import atomic_write
-from ..image import MAX_PIXELS, OUTPUT_SUFFIXES
+from ..image import MAX_PIXELS, OUTPUT_SUFFIXES, READ_SUFFIXES
 from ..restore.restorer import Restorer
 
 

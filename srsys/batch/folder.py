@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "READ_SUFFIXES",
     "BatchError",
     "FileJob",
     "find_pictures",
@@ -29,8 +28,18 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
+from srsys.image import (
+    MAX_PIXELS,
+    OUTPUT_SUFFIXES,
+    READ_SUFFIXES,
+    ImageError,
+    RowWriter,
+    WriteError,
+    format_losses,
+    open_rows,
+)
+
 from ..files import atomic_write, sha256
-from ..image import MAX_PIXELS, OUTPUT_SUFFIXES, ImageError, RowWriter, WriteError, format_losses, open_rows
 from ..metrics.consistency import Consistency
 from ..restore.restorer import Cancelled, RestoreError, Restorer
 
@@ -46,9 +55,6 @@ class FileJob:
 
     source: Path
     target: Path
-
-
-READ_SUFFIXES = {*OUTPUT_SUFFIXES, ".jpe", ".jfif", ".avif", ".bmp", ".gif"}  # by which a folder's pictures are known
 
 
 def find_pictures(folder: Path, out: Path) -> Iterator[Path]:
@@ -178,12 +184,12 @@ def _through(restorer: Restorer, reader, writer, scale: float | None, watch: Fol
 
     def read(n):
         rows = reader.read(n)
-        meter.saw(rows)
+        meter.add_input(rows)
         return rows
 
     def write(rows):
         writer.write(rows)
-        meter.made(rows)
+        meter.add_result(rows)
 
     return restorer.stream(reader.header, *((read, write) if meter else (reader.read, writer.write)), scale, watch.tile)
 

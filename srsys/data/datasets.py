@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "TRUSTED_SOURCES",
-    "DATASET_SUFFIXES",
     "StageProgress",
     "Item",
     "Result",
@@ -59,7 +58,7 @@ from srsys.data.leaks import (
     read_grey,
 )
 
-from ..files import atomic_write, download, exclusive, sha256, unpack
+from ..files import TRAINING_SUFFIXES, atomic_write, download, exclusive, sha256, unpack
 from ..metrics.scores import pictures_digest
 
 
@@ -123,7 +122,6 @@ def dataset_catalog(
 
 
 # %% ../../nbs/data/02_datasets.ipynb #manifest
-DATASET_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 StageProgress = Callable[[str, int, int | None], None]  # the stage, how much of it is done, and of how much
 
 
@@ -221,7 +219,7 @@ def list_archive_pictures(
 ) -> list[DatasetFile]:
     "Describe every file of an archive. Raises `DataError` if it has not the expected number of pictures."
     paths = sorted(p for p in (folder / archive.folder).rglob("*") if p.is_file())
-    pictures = [p for p in paths if p.suffix.lower() in DATASET_SUFFIXES and not p.name.startswith(".")]
+    pictures = [p for p in paths if p.suffix.lower() in TRAINING_SUFFIXES and not p.name.startswith(".")]
     splits = {p: archive.split_of(p) for p in pictures}
     if archive.holdout:
         training = sorted((p for p, split in splits.items() if split == "train"), key=lambda p: p.name)

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "TRAINING_SUFFIXES",
     "Step",
     "Result",
     "TilesError",
@@ -39,13 +38,11 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ..degrade.resize import imresize
-from ..files import atomic_write, sha256
+from ..files import TRAINING_SUFFIXES, atomic_write, sha256
 from ..metrics.scores import pictures_digest
 
+
 # %% ../../nbs/data/03_patches.ipynb #split
-TRAINING_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-
-
 class TilesError(RuntimeError):
     "Training pictures that are missing or broken, or tiles that were cut from other pictures."
 

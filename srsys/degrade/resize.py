@@ -11,10 +11,12 @@ from functools import lru_cache
 import numpy as np
 from scipy import sparse
 
-
 # %% ../../nbs/degrade/01_resize.ipynb #contributions
-def _cubic(x):
-    "Keys' cubic kernel with a = -0.5"
+_CUBIC_RADIUS = 2  # the kernel is 0 beyond
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    "Keys' cubic kernel with a = -0.5."
     x = np.abs(x)
     return np.where(x <= 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0.0))
 
@@ -25,11 +27,11 @@ def resize_weights(
     n_out: int,  # length after
     scale: float,  # n_out / n_in where the output spans the input exactly
 ) -> tuple[np.ndarray, np.ndarray]:  # weights and input indices, both (n_out, taps)
-    "Which input samples each output sample reads, and with which weight. Source: MATLAB `imresize`, function `resize_weights`."
-    shrink = min(scale, 1)
+    "Tabulate which input samples each output sample reads, with their weights. Source: MATLAB's `imresize`."
+    shrink = min(scale, 1)  # a shrinking kernel is wider by 1 / shrink
     centre = (np.arange(n_out) + 0.5) / scale - 0.5
-    taps = int(np.ceil(4 / shrink)) + 2
-    index = np.floor(centre - 2 / shrink).astype(int)[:, None] + np.arange(taps)
+    taps = int(np.ceil(2 * _CUBIC_RADIUS / shrink)) + 2
+    index = np.floor(centre - _CUBIC_RADIUS / shrink).astype(int)[:, None] + np.arange(taps)
     weights = _cubic(shrink * (centre[:, None] - index))
     weights /= weights.sum(1, keepdims=True)
     mirror = np.r_[0:n_in, n_in - 1 : -1 : -1]
@@ -38,8 +40,8 @@ def resize_weights(
 
 
 # %% ../../nbs/degrade/01_resize.ipynb #row-resizer
-def _resize_axis0(x, weights, index):
-    "Weighted sum along the first axis, rounded back to x's own integer type (half away from zero, as MATLAB does)"
+def _resize_axis0(x: np.ndarray, weights: np.ndarray, index: np.ndarray) -> np.ndarray:
+    "Weighted sum along the first axis, rounded to x's own integer type (half away from zero, as MATLAB does)."
     n, taps = index.shape
     matrix = sparse.csr_array((weights.ravel(), index.ravel(), np.arange(0, n * taps + 1, taps)), (n, len(x)))
     total = (matrix @ x.reshape(len(x), -1).astype(np.float64)).reshape(n, *x.shape[1:])
@@ -48,77 +50,83 @@ def _resize_axis0(x, weights, index):
 
 
 class RowResizer:
-    "Resizes a picture whose rows arrive in order, a few at a time; the rows it gives back, joined, equal `imresize`'s."
+    "Resizes a picture whose rows arrive in order, a few at a time. All rows together equal `imresize`'s result."
 
     def __init__(
         self,
         in_shape: tuple[int, int],  # (height, width) before
         out_shape: tuple[int, int],  # (height, width) after
-        scale: tuple[float, float] | None = None,  # (vertical, horizontal); out/in when left out
-    ):
-        sv, sh = scale or (out_shape[0] / in_shape[0], out_shape[1] / in_shape[1])
-        self.rows, self.columns = (
-            resize_weights(in_shape[0], out_shape[0], sv),
-            resize_weights(in_shape[1], out_shape[1], sh),
-        )
-        self.rows_first = sv <= sh
-        self.last_needed = self.rows[1].max(1)
-        self.first_needed = np.minimum.accumulate(self.rows[1].min(1)[::-1])[::-1]
-        self.kept, self.kept_from, self.done = None, 0, 0
+        scale: tuple[float, float] | None = None,  # (vertical, horizontal); out/in if not given
+    ) -> None:
+        vertical, horizontal = scale or (out_shape[0] / in_shape[0], out_shape[1] / in_shape[1])
+        self.row_weights, self.row_index = resize_weights(in_shape[0], out_shape[0], vertical)
+        self.column_weights, self.column_index = resize_weights(in_shape[1], out_shape[1], horizontal)
+        self.rows_first = vertical <= horizontal
+        self.last_needed = self.row_index.max(1)  # by each output row
+        self.first_needed = np.minimum.accumulate(self.row_index.min(1)[::-1])[::-1]  # by it or any later one
+        self.kept: np.ndarray | None = None  # the input rows that are still needed
+        self.kept_from, self.done = 0, 0  # the number of the first kept row, and of the next output row
 
-    def _across(self, rows):
-        return _resize_axis0(rows.swapaxes(0, 1), *self.columns).swapaxes(0, 1)
+    def _resize_columns(self, rows: np.ndarray) -> np.ndarray:
+        return _resize_axis0(rows.swapaxes(0, 1), self.column_weights, self.column_index).swapaxes(0, 1)
 
     def push(
         self,
         rows: np.ndarray,  # the next rows, (n, width, channels) uint8 or uint16
     ) -> np.ndarray:  # the output rows that are now complete, (m, new width, channels), m may be 0
-        "Take the next input rows and give back every output row that they complete"
-        rows = rows if self.rows_first else self._across(rows)
-        self.kept = rows if self.kept is None else np.concatenate([self.kept, rows])
-        ready = int(np.searchsorted(self.last_needed, self.kept_from + len(self.kept)))
-        weights, index = (t[self.done : ready] for t in self.rows)
-        out = _resize_axis0(self.kept, weights, index - self.kept_from)
+        "Take the next input rows and return every output row that they complete."
+        rows = rows if self.rows_first else self._resize_columns(rows)
+        kept = rows if self.kept is None else np.concatenate([self.kept, rows])
+        ready = int(np.searchsorted(self.last_needed, self.kept_from + len(kept)))
+        complete = slice(self.done, ready)
+        out = _resize_axis0(kept, self.row_weights[complete], self.row_index[complete] - self.kept_from)
         self.done = ready
         if ready < len(self.first_needed):
             drop = max(int(self.first_needed[ready]) - self.kept_from, 0)
-            self.kept, self.kept_from = self.kept[drop:].copy(), self.kept_from + drop
-        return self._across(out) if self.rows_first else out
+            kept, self.kept_from = kept[drop:].copy(), self.kept_from + drop
+        self.kept = kept
+        return self._resize_columns(out) if self.rows_first else out
 
 
 # %% ../../nbs/degrade/01_resize.ipynb #imresize
 def imresize(
     array_hwc: np.ndarray,  # (height, width[, channels]), uint8 or uint16
-    scale: float,  # above 1 enlarges, below 1 shrinks
-    size: tuple[int, int]
-    | None = None,  # (height, width) wanted; then each axis is scaled by out/in. Without it: the ceiling of scale × length
+    scale: float | None,  # above 1 enlarges, below 1 shrinks; not used if a size is given
+    size: tuple[int, int] | None = None,  # (height, width) of the result; the ceiling of scale × length if not given
 ) -> np.ndarray:  # the same type and number of channels
-    "Resize as MATLAB's `imresize(A, scale)` does with its default bicubic filter. Raises `ValueError` for other types and empty sizes."
+    """Resize as MATLAB's `imresize(A, scale)` does with its default bicubic filter.
+
+    With a size, each axis is scaled by out/in. Raises `ValueError` for other types and for empty sizes.
+    """
     if array_hwc.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"imresize works on uint8 and uint16 arrays, not {array_hwc.dtype}")
-    h, w = array_hwc.shape[:2]
-    out = size or (int(np.ceil(h * scale - 1e-9)), int(np.ceil(w * scale - 1e-9)))
-    if min(h, w, *out) < 1:
-        raise ValueError(f"cannot resize {h}×{w} to {out[0]}×{out[1]}: a side is empty")
-    resizer = RowResizer((h, w), out, None if size else (scale, scale))
-    return resizer.push(array_hwc)
+    height, width = array_hwc.shape[:2]
+    if size is not None:
+        out, scales = size, None
+    elif scale is not None:
+        out, scales = (int(np.ceil(height * scale - 1e-9)), int(np.ceil(width * scale - 1e-9))), (scale, scale)
+    else:
+        raise ValueError("imresize needs a scale or a size")
+    if min(height, width, *out) < 1:
+        raise ValueError(f"cannot resize {height}×{width} to {out[0]}×{out[1]}: a side is empty")
+    return RowResizer((height, width), out, scales).push(array_hwc)
 
 
 # %% ../../nbs/degrade/01_resize.ipynb #bicubic
 def crop_to_multiple(
     hr_hwc: np.ndarray,  # (height, width, channels)
-    scale: int,  # what both sides shall be divisible by
+    scale: int,
 ) -> np.ndarray:
-    "Cut the right and bottom edge so that the scale divides both sides. Raises `ValueError` if nothing is left."
-    h, w = (n - n % scale for n in hr_hwc.shape[:2])
-    if not h * w:
+    "Crop the right and bottom edge so that the scale divides both sides. Raises `ValueError` if nothing is left."
+    height, width = (n - n % scale for n in hr_hwc.shape[:2])
+    if not height * width:
         raise ValueError(f"a picture of {hr_hwc.shape[1]}×{hr_hwc.shape[0]} is smaller than the scale {scale}")
-    return hr_hwc[:h, :w]
+    return hr_hwc[:height, :width]
 
 
 def bicubic_downscale(
     hr_hwc: np.ndarray,  # (height, width, channels) uint8
     scale: int,
 ) -> np.ndarray:  # (height // scale, width // scale, channels) uint8
-    "The LR picture of the field's tables"
+    "Make the LR picture as in the literature's tables."
     return imresize(crop_to_multiple(hr_hwc, scale), 1 / scale)

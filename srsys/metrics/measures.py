@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from scipy import ndimage, sparse
 
 from ..degrade.resize import resize_weights
@@ -19,149 +20,183 @@ from ..image import Header, Picture
 
 
 # %% ../../nbs/metrics/02_measures.ipynb #jpeg-quality
-def _tables(file):
-    "The quantisation tables of an opened JPEG, the one for brightness first"
+def _quantization_tables(file: JpegImageFile) -> list[np.ndarray]:
+    "The quantisation tables of an opened JPEG, the one for luma first."
     return [np.array(table) for _, table in sorted(file.quantization.items())]
 
 
-@lru_cache(1)
-def _libjpeg():
-    "libjpeg's table for brightness at each quality, as it writes it"
+def _open_jpeg(file: io.BytesIO | Path | str) -> JpegImageFile:
+    "Open a JPEG of which only the head is read. Raises `OSError` for another file."
+    image = Image.open(file, formats=["JPEG"])
+    assert isinstance(image, JpegImageFile)
+    return image
 
-    def table(quality):
+
+@lru_cache(1)
+def _libjpeg_tables() -> np.ndarray:  # (100, 64)
+    "libjpeg's table for luma at each quality, as it writes it."
+    tables = []
+    for quality in range(1, 101):
         file = io.BytesIO()
         Image.new("L", (8, 8)).save(file, "JPEG", quality=quality)
-        return _tables(Image.open(file))[0]
-
-    return np.stack([table(quality) for quality in range(1, 101)])
+        tables.append(_quantization_tables(_open_jpeg(file))[0])
+    return np.stack(tables)
 
 
 def jpeg_quality(
-    source: Path | str | bytes,  # a file of any kind, or what is in it
-) -> int | None:  # 1 … 100; None: it is no JPEG
-    "The quality that libjpeg's tables nearest to this file's stand for; only the file's head is read."
+    source: Path | str | bytes,  # a file of any kind, or its content
+) -> int | None:  # 1 … 100; None if it is not a JPEG
+    "Estimate a JPEG's quality: that of libjpeg's table nearest to the file's. Only the file's head is read."
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=["JPEG"]) as file:
-            return int(np.abs(_libjpeg() - _tables(file)[0]).sum(1).argmin()) + 1
+        file = _open_jpeg(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with file:
+            return int(np.abs(_libjpeg_tables() - _quantization_tables(file)[0]).sum(1).argmin()) + 1
     except (OSError, SyntaxError, ValueError, IndexError):
         return None
 
 
 # %% ../../nbs/metrics/02_measures.ipynb #measure-input
 _IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+_IMMERKAER_NORM = 6  # of white noise, the operator's result has 6 times its standard deviation
+_MEDIAN_TO_SIGMA = 0.6745  # median of |x| of a normal distribution with σ = 1
+_MEASURED_SIDE = 256  # pixels
 
 
-def grey8(pixels_hwc: np.ndarray) -> np.ndarray:
-    "The brightness of a picture of any kind, (height, width) float32 in levels of 255; alpha is left out"
+def grey8(
+    pixels_hwc: np.ndarray,  # (height, width, bands) uint8 or uint16
+) -> np.ndarray:  # (height, width) float32 in levels of 255
+    "The mean of a picture's colours, without alpha."
     colours = pixels_hwc[..., : 1 if pixels_hwc.shape[2] < 3 else 3].astype(np.float32).mean(2)
     return colours / 257 if pixels_hwc.dtype == np.uint16 else colours
 
 
-def estimate_noise(grey: np.ndarray) -> float:
-    "Standard deviation of white noise, in levels. Source: Immerkær 1996, with the median for the mean."
-    return float(np.median(np.abs(ndimage.convolve(grey, _IMMERKAER))) / 0.6745 / 6)
+def estimate_noise(
+    grey: np.ndarray,  # (height, width) float32
+) -> float:
+    "Standard deviation of white noise, in levels. Source: Immerkær 1996, with the median instead of the mean."
+    return float(np.median(np.abs(ndimage.convolve(grey, _IMMERKAER))) / _MEDIAN_TO_SIGMA / _IMMERKAER_NORM)
 
 
 def measure_input(
-    picture: Picture,  # or a piece of it, if it is large
+    picture: Picture,  # or a part of it, if it is large
     quality: int | None = None,  # `jpeg_quality` of the file
-    header: Header | None = None,  # of the whole picture, if this is a piece
-) -> dict[str, float]:  # "quality" is not there for what was no JPEG
-    "A picture in numbers"
-    header, (top, left) = header or picture.header, (max(0, (n - 256) // 2) for n in picture.pixels.shape[:2])
-    middle = picture.pixels[top : top + 256, left : left + 256]
-    grey, alike = (
-        grey8(middle),
-        header.colours == 1
-        or bool((middle[..., 0] == middle[..., 1]).all() and (middle[..., 0] == middle[..., 2]).all()),
-    )
-    return {
+    header: Header | None = None,  # of the whole picture, if this is a part
+) -> dict[str, float]:  # without "quality" if the file is not a JPEG
+    "Measure a picture's size, sharpness, noise, brightness and kind."
+    header = header or picture.header
+    top, left = (max(0, (n - _MEASURED_SIDE) // 2) for n in picture.pixels.shape[:2])
+    middle = picture.pixels[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]
+    grey = grey8(middle)
+    colourless = header.colours == 1 or bool((middle[..., :1] == middle[..., 1:3]).all())
+    measures = {
         "megapixels": header.width * header.height / 1e6,
         "sharpness": float(np.abs(ndimage.laplace(grey)).mean()),
         "noise": estimate_noise(grey),
         "luma": float(grey.mean()),
         "clipped": float(((grey < 1) | (grey > 254)).mean()),
-        "grey": float(alike),
+        "grey": float(colourless),
         "alpha": float(header.has_alpha),
         "jpeg": float(quality is not None),
-    } | ({} if quality is None else {"quality": float(quality)})
+    }
+    if quality is not None:
+        measures["quality"] = float(quality)
+    return measures
 
 
 # %% ../../nbs/metrics/02_measures.ipynb #round-trip
 @lru_cache(16)
-def _there_and_back(n, n_out):
-    def matrix(length, out):
+def _round_trip_matrix(n: int, n_large: int) -> sparse.csr_array:  # (n, n)
+    "Bicubic resizing of an axis from n to n_large and back, as one matrix."
+
+    def resize_matrix(length: int, out: int) -> sparse.csr_array:
         weights, index = resize_weights(length, out, out / length)
         return sparse.csr_array(
             (weights.ravel().astype(np.float32), (np.repeat(np.arange(out), index.shape[1]), index.ravel())),
             (out, length),
         )
 
-    return matrix(n_out, n) @ matrix(n, n_out)
+    return resize_matrix(n_large, n) @ resize_matrix(n, n_large)
 
 
 def round_trip(
     plane_hw: np.ndarray,  # one channel of a picture, (height, width)
     scale: float,
 ) -> np.ndarray:  # the same shape, float32
-    "What bicubic enlargement leaves of a picture when it is made small again, but for the rounding to whole levels"
-    down, across = (_there_and_back(n, max(round(n * scale), 1)) for n in plane_hw.shape)
+    "Enlarge a channel by bicubic and shrink it again, without rounding to whole levels."
+    down, across = (_round_trip_matrix(n, max(round(n * scale), 1)) for n in plane_hw.shape)
     return (across @ (down @ plane_hw.astype(np.float32)).T).T
 
 
 # %% ../../nbs/metrics/02_measures.ipynb #meter
-def _by_tile(error_hw, tile):
-    "Means over tiles of about this size"
+_ROUNDING_MSE = 1 / 12  # of rounding to whole levels, added so that no PSNR is infinite
+_WORST_SHARE = 0.01  # of the tiles
+
+
+def _mean_by_tile(error_hw: np.ndarray, tile: int) -> np.ndarray:
+    "Means over tiles of about this size."
     starts = [np.linspace(0, n, max(1, n // tile) + 1).astype(int) for n in error_hw.shape]
     sums = np.add.reduceat(np.add.reduceat(error_hw, starts[0][:-1], 0), starts[1][:-1], 1)
     return sums / np.outer(*map(np.diff, starts))
 
 
-def _db(mse):
-    return 10 * np.log10(255**2 / (mse + 1 / 12))  # 1/12: the error of rounding, so that nothing is infinite
+def _decibels(mse: np.ndarray | float) -> np.ndarray:
+    return 10 * np.log10(255**2 / (mse + _ROUNDING_MSE))
 
 
 class OutputMeter:
-    "`measure_output` for a picture of any size, which comes in bands from top to bottom"
+    "`measure_output` for a picture of any size, whose rows arrive from top to bottom."
 
-    def __init__(self, scale: float, tile: int = 12):  # LR pixels
-        self.scale, self.tile, self.kept, self.count = scale, tile, None, 0
-        self.own, self.bicubic, self.shift, self.tiles = 0.0, 0.0, 0.0, [np.zeros((2, 0))]
+    def __init__(
+        self,
+        scale: float,
+        tile: int = 12,  # LR pixels
+    ) -> None:
+        self.scale, self.tile = scale, tile
+        self.pending: np.ndarray | None = None  # (2, rows, width, channels): rows not yet measured, of input and result
+        self.error, self.bicubic_error, self.pixels = 0.0, 0.0, 0
+        self.shift: np.ndarray | float = 0.0  # sum of the differences, for each channel
+        self.tiles = [np.zeros((2, 0))]  # mean errors of each tile: the result's and bicubic's
 
-    def add(self, lr_hwc: np.ndarray, small_hwc: np.ndarray) -> None:
-        "The next rows of the picture, and of the result made small again"
+    def add(
+        self,
+        lr_hwc: np.ndarray,  # the next rows of the picture
+        small_hwc: np.ndarray,  # the same rows of the result made small again
+    ) -> None:
+        "Measure the next rows."
         pair = np.stack([lr_hwc, small_hwc])
-        self.kept, least = pair if self.kept is None else np.concatenate([self.kept, pair], 1), 4 * self.tile
-        while self.kept.shape[1] >= 2 * least:
-            self._measure(least)  # so that the last band is no thin strip
+        self.pending = pair if self.pending is None else np.concatenate([self.pending, pair], 1)
+        band = 4 * self.tile
+        while self.pending.shape[1] >= 2 * band:  # at least one band is kept, so that the last is no thin strip
+            self._measure(self.pending[:, :band])
+            self.pending = self.pending[:, band:]
 
-    def _measure(self, rows):
-        (lr_hwc, small_hwc), self.kept = self.kept[:, :rows], self.kept[:, rows:]
-        level, planes, shifts = np.float32(255 / np.iinfo(lr_hwc.dtype).max), [], []
-        for lr, small in zip(lr_hwc.transpose(2, 0, 1), small_hwc.transpose(2, 0, 1), strict=True):
-            lr, small = lr * level, small * level
-            planes.append(((small - lr) ** 2, (round_trip(lr, self.scale) - lr) ** 2))
+    def _measure(self, pair: np.ndarray) -> None:
+        "Add the errors of some rows to the sums."
+        level = np.float32(255 / np.iinfo(pair.dtype).max)
+        errors, bicubic_errors, shifts = [], [], []
+        for lr, small in zip(*(pixels.transpose(2, 0, 1) * level for pixels in pair), strict=True):
+            errors.append((small - lr) ** 2)
+            bicubic_errors.append((round_trip(lr, self.scale) - lr) ** 2)
             shifts.append(float((small - lr).sum()))
-        own, bicubic = (sum(p[i] for p in planes) / len(planes) for i in (0, 1))
-        self.own, self.bicubic, self.count, self.shift = (
-            self.own + float(own.sum()),
-            self.bicubic + float(bicubic.sum()),
-            self.count + own.size,
-            self.shift + np.array(shifts),
-        )
-        self.tiles.append(np.stack([_by_tile(p, self.tile).ravel() for p in (own, bicubic)]))
+        error, bicubic_error = (sum(planes) / len(planes) for planes in (errors, bicubic_errors))
+        self.error += float(error.sum())
+        self.bicubic_error += float(bicubic_error.sum())
+        self.pixels += error.size
+        self.shift = self.shift + np.array(shifts)
+        self.tiles.append(np.stack([_mean_by_tile(plane, self.tile).ravel() for plane in (error, bicubic_error)]))
 
     def values(self) -> dict[str, float]:
-        "What `measure_output` says, once all rows have come"
-        if self.kept is not None and self.kept.shape[1]:
-            self._measure(self.kept.shape[1])
-        own, bicubic = np.concatenate(self.tiles, 1)
-        db, than = (float(_db(error / self.count)) for error in (self.own, self.bicubic))
+        "Return the measures of `measure_output`, after all rows were added."
+        if self.pending is not None and self.pending.shape[1]:
+            self._measure(self.pending)
+            self.pending = self.pending[:, :0]
+        tiles, bicubic_tiles = np.concatenate(self.tiles, 1)
+        consistency = float(_decibels(self.error / self.pixels))
         return {
-            "consistency_db": db,
-            "over_bicubic_db": db - than,
-            "worst_tiles_db": float(np.quantile(_db(own) - _db(bicubic), 0.01)),
-            "colour_shift": float(np.abs(self.shift).max()) / self.count,
+            "consistency_db": consistency,
+            "over_bicubic_db": consistency - float(_decibels(self.bicubic_error / self.pixels)),
+            "worst_tiles_db": float(np.quantile(_decibels(tiles) - _decibels(bicubic_tiles), _WORST_SHARE)),
+            "colour_shift": float(np.abs(self.shift).max()) / self.pixels,
         }
 
 
@@ -171,7 +206,11 @@ def measure_output(
     small_hwc: np.ndarray,  # the result made small again by `imresize`, same shape and type
     scale: float,
 ) -> dict[str, float]:
-    "How far a result departs from its input: dB over bicubic's (negative: further), in all and in the worst hundredth of the tiles; and how far the worst channel's mean moved, in levels of 255"
+    """Measure how far a result departs from its input.
+
+    In dB over bicubic's (negative: further), in all and in the worst hundredth of the tiles; and how far the mean of
+    the worst channel moved, in levels of 255.
+    """
     meter = OutputMeter(scale)
     meter.add(lr_hwc, small_hwc)
     return meter.values()

@@ -16,9 +16,9 @@ from skimage.metrics import structural_similarity
 
 # %% ../../nbs/metrics/01_scores.ipynb #luma
 def luma(
-    rgb_hwc: np.ndarray,  # (height, width, 3) uint8, or (height, width[, 1]) grey, which is taken for R = G = B
+    rgb_hwc: np.ndarray,  # (height, width, 3) uint8, or grey (height, width[, 1]), taken as R = G = B
 ) -> np.ndarray:  # (height, width) float64, whole levels 16 … 235
-    "BT.601 luma of the limited range, rounded to 8 bits. Source: MATLAB `rgb2ycbcr`."
+    "BT.601 luma of limited range, rounded to whole levels. Source: MATLAB `rgb2ycbcr`."
     rgb = np.atleast_3d(rgb_hwc).astype(np.float64)
     if rgb.shape[2] == 1:
         rgb = rgb.repeat(3, axis=2)
@@ -26,8 +26,11 @@ def luma(
 
 
 # %% ../../nbs/metrics/01_scores.ipynb #psnr
-def _prepare(a, b, shave, channel):
-    "Both pictures as (height, width, channels) float64 planes of what is to be scored"
+_SSIM_WINDOW = 11  # pixels
+
+
+def _planes_to_score(a: np.ndarray, b: np.ndarray, shave: int, channel: str) -> list[np.ndarray]:
+    "Both pictures as (height, width, 1 or 3) float64, shaved. Raises `ValueError` if they cannot be compared."
     if a.shape != b.shape:
         raise ValueError(f"pictures of different shape cannot be compared: {a.shape} and {b.shape}")
     if a.dtype != np.uint8 or b.dtype != np.uint8:
@@ -47,7 +50,7 @@ def psnr(
     channel: str = "y",  # "y" (luma) or "rgb"
 ) -> float:  # dB; infinite for equal pictures
     "Peak signal-to-noise ratio. Raises `ValueError` for pictures that cannot be compared."
-    a, b = _prepare(a, b, shave, channel)
+    a, b = _planes_to_score(a, b, shave, channel)
     mse = np.mean((a - b) ** 2)
     return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
 
@@ -55,32 +58,33 @@ def psnr(
 # %% ../../nbs/metrics/01_scores.ipynb #ssim
 def ssim(
     a: np.ndarray,  # (height, width, channels) uint8, at least 11×11 after shaving
-    b: np.ndarray,
-    shave: int = 0,
-    channel: str = "y",  # "y" or "rgb"
+    b: np.ndarray,  # the same shape and type
+    shave: int = 0,  # pixels left out at each border
+    channel: str = "y",  # "y" (luma) or "rgb"
 ) -> float:  # at most 1, for equal pictures
     "Structural similarity (Wang et al. 2004). Raises `ValueError` for pictures that cannot be compared."
-    a, b = _prepare(a, b, shave, channel)
-    if min(a.shape[:2]) < 11:
+    a, b = _planes_to_score(a, b, shave, channel)
+    if min(a.shape[:2]) < _SSIM_WINDOW:
         raise ValueError(f"SSIM needs at least 11×11 pixels after shaving, not {a.shape[1]}×{a.shape[0]}")
     _, local = structural_similarity(
         a, b, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
     )
-    return float(local[5:-5, 5:-5].mean())
+    inside = slice(_SSIM_WINDOW // 2, -(_SSIM_WINDOW // 2))
+    return float(local[inside, inside].mean())
 
 
 # %% ../../nbs/metrics/01_scores.ipynb #digest-of
 def pictures_digest(
     digests: Iterable[str],  # SHA-256 of each file
 ) -> str:
-    "One digest for a set of pictures, whatever they are called and in whatever order they come"
+    "One digest for a set of pictures, independent of their names and order."
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 # %% ../../nbs/metrics/01_scores.ipynb #scores
 @dataclass(frozen=True)
 class Scores:
-    "PSNR in dB and SSIM, on luma and on RGB"
+    "PSNR in dB and SSIM, on luma and on RGB."
 
     psnr_y: float
     ssim_y: float
@@ -91,29 +95,28 @@ class Scores:
 def score_pair(
     restored: np.ndarray,  # (height, width, 3) uint8
     hr: np.ndarray,  # the original, same shape
-    shave: int,
+    shave: int,  # pixels left out at each border
 ) -> Scores:
-    "All four scores of one picture"
+    "Compute all four scores of one picture."
     return Scores(
-        **{
-            f"{name}_{channel}": f(restored, hr, shave, channel)
-            for channel in ("y", "rgb")
-            for name, f in (("psnr", psnr), ("ssim", ssim))
-        }
+        psnr_y=psnr(restored, hr, shave, "y"),
+        ssim_y=ssim(restored, hr, shave, "y"),
+        psnr_rgb=psnr(restored, hr, shave, "rgb"),
+        ssim_rgb=ssim(restored, hr, shave, "rgb"),
     )
 
 
 def mean_scores(
     scores: list[Scores],  # of single pictures
 ) -> Scores:
-    "Means over pictures, not over pixels, as in the literature"
+    "Average over pictures, not over pixels, as in the literature."
     return Scores(**{f.name: float(np.mean([getattr(s, f.name) for s in scores])) for f in fields(Scores)})
 
 
 # %% ../../nbs/metrics/01_scores.ipynb #report
 @dataclass(frozen=True)
 class Report:
-    "One model on one folder of pictures; `images` holds a dict per picture: name, sha256, model's and bicubic's scores"
+    "The scores of one model on one folder of pictures."
 
     model: str
     weights_sha256: str
@@ -126,14 +129,14 @@ class Report:
     n: int
     mean: Scores
     bicubic: Scores
-    images: list[dict]
+    images: list[dict]  # for each picture: name, sha256, the model's and bicubic's scores
     ensemble: bool = False  # the mean over eight views of each picture
 
     def to_dict(self) -> dict:
-        "The document that `srsys evaluate --json` prints"
+        "Convert to the document that `srsys evaluate --json` prints."
         return asdict(self)
 
     @classmethod
     def from_dict(cls, document: dict) -> "Report":
-        "The report that `to_dict` wrote"
+        "Read the document that `to_dict` wrote."
         return cls(**{**document, "mean": Scores(**document["mean"]), "bicubic": Scores(**document["bicubic"])})

@@ -47,7 +47,6 @@ from torch import nn
 from srsys.data.patches import (
     InMemoryPatches,
     PatchSource,
-    ShardedTiles,
     data_digest,
     load_pictures,
     prefetch,
@@ -558,7 +557,7 @@ def train(
     load_weights: Callable[[str], models.Model] = _load_by_name,  # for `start` and `teacher`
     accelerator: str = "auto",
     vgg: Path | str = "vgg19-dcbb9e9d.pth",
-    tiles: ShardedTiles | None = None,  # to draw from; the folder's pictures are then only for validation
+    patches: PatchSource | None = None,  # to draw from; the folder's pictures are then only for validation
 ) -> Path:  # NAME.safetensors
     "Train, or resume training, the model of a config. Raises `TrainError`, `TilesError` or `WeightsError`."
 
@@ -567,7 +566,7 @@ def train(
         for candidate in (path, models.shipped_weights().get(run.name, path)):
             if model := trained_by(candidate, run):
                 return model
-        return models.load(train(run, folder, out, progress_of, load_weights, accelerator, vgg, tiles))
+        return models.load(train(run, folder, out, progress_of, load_weights, accelerator, vgg, patches))
 
     start = None
     if isinstance(config.start, TrainConfig):
@@ -579,10 +578,7 @@ def train(
     if not held_out_files:
         raise TrainError(f"{folder}: {config.holdout} holds nothing out, and without validation no model can be chosen")
     held_out = validation_pairs([read_rgb(p) for p in held_out_files], config)
-    patches: PatchSource
-    if tiles is not None:
-        patches = tiles
-    else:
+    if patches is None:
         side = (config.patch + RECIPE_MARGIN) * config.scale
         pictures = load_pictures(training_files, side, config.shrink, config.shrink_above)
         patches = InMemoryPatches(pictures, data_digest(training_files))

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import platformdirs
 import pytest
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,25 +25,20 @@ def test_settings():
         (nested.parent / "settings.ini").touch()
         assert default_home(nested) == nested.parent / ".srsys"
         assert default_scheduled(nested) == nested.parent / "scheduled"
-        assert default_home(Path(folder)).name == "srsys"  # …/share/srsys, or whatever the platform says
-    with mock.patch.dict(
-        os.environ,
-        {"SRSYS_HOME": "/data/srsys", "SRSYS_SCHEDULED": "/data/scheduled", "SRSYS_MAX_PIXELS": "5000"},
-        clear=True,
-    ):
+        assert default_home(Path(folder)) == platformdirs.user_data_path("srsys")
+    environment = {"SRSYS_HOME": "/data/srsys", "SRSYS_SCHEDULED": "/data/scheduled", "SRSYS_MAX_PIXELS": "5000"}
+    with mock.patch.dict(os.environ, environment, clear=True):
         print(Settings())
-    for tokens, said in [
-        ("one-of-16-letters another-of-16-letters", ""),
-        ("one-of-16-letters short", "at least 16 characters"),
-    ]:
-        with mock.patch.dict(os.environ, {"SRSYS_TOKENS": tokens}, clear=True):
-            try:
-                assert "letters" not in repr(Settings()), "a token is not shown"
-            except ValueError as error:
-                assert said and said in str(error)
+    with mock.patch.dict(os.environ, {"SRSYS_TOKENS": "one-of-16-letters another-of-16-letters"}, clear=True):
+        assert "letters" not in repr(Settings()), "a token is not shown"
+    with (
+        mock.patch.dict(os.environ, {"SRSYS_TOKENS": "one-of-16-letters short"}, clear=True),
+        pytest.raises(ValidationError, match="at least 16 characters"),
+    ):
+        Settings()
 
 
-def test_one_line_when_it_goes_wrong():
+def test_errors_are_one_line():
     from srsys.cli.common import CommandGroup, printable
 
     # cli/01_common.ipynb #errors-lesson
@@ -50,26 +47,24 @@ def test_one_line_when_it_goes_wrong():
     @app.command()
     def fail(how: str):
         raise {
-            "mistake": ZeroDivisionError("by\nnought"),
+            "unexpected": ZeroDivisionError("by\nzero"),
             "ctrl-c": KeyboardInterrupt(),
-            "usage": typer.BadParameter("say it otherwise"),
+            "usage": typer.BadParameter("no such colour"),
         }[how]
 
     @app.command()
     def work():
         pass
 
-    for how, status, said in (
-        ("mistake", 1, "ZeroDivisionError: by nought"),
-        ("ctrl-c", 1, "interrupted"),
-        ("usage", 2, "say it otherwise"),
+    for how, status, message in (
+        ("unexpected", 1, "srsys: ZeroDivisionError: by zero"),
+        ("ctrl-c", 1, "srsys: interrupted; nothing half-done is left"),
+        ("usage", 2, "Error: Invalid value: no such colour"),
     ):
         done = CliRunner().invoke(app, ["fail", how], env={"SRSYS_DEBUG": None})
-        print(done.exit_code, done.stderr.strip().splitlines()[-1])
-        assert done.exit_code == status and said in done.stderr
-    assert isinstance(
-        CliRunner().invoke(app, ["fail", "mistake"], env={"SRSYS_DEBUG": "1"}).exception, ZeroDivisionError
-    )  # all the way up, with its trace
+        assert (done.exit_code, done.stderr.strip().splitlines()[-1]) == (status, message)
+    with_debug = CliRunner().invoke(app, ["fail", "unexpected"], env={"SRSYS_DEBUG": "1"})
+    assert isinstance(with_debug.exception, ZeroDivisionError), "the exception is not caught, so its traceback is shown"
 
     done = CliRunner().invoke(app, ["work"], env={"SRSYS_MAX_PIXELS": "many"})
     print(done.exit_code, done.stderr.strip().splitlines()[-1])
@@ -77,7 +72,7 @@ def test_one_line_when_it_goes_wrong():
     assert printable("a\x1b[2Jb\udcff\nc") == "a�[2Jb� c"
 
 
-def test_what_several_commands_ask_for():
+def test_common_options():
     from srsys.cli.common import Settings, resolve_model
 
     # cli/01_common.ipynb #options-lesson
@@ -89,19 +84,19 @@ def test_what_several_commands_ask_for():
             resolve_model(settings, "shipped:nosuch")
 
 
-def test_work_in_progress():
+def test_progress():
     from srsys.cli.common import ConsoleProgress
 
     # cli/01_common.ipynb #bar-lesson
     now = [0.0]
     terminal = Console(force_terminal=True, force_jupyter=False, width=100, color_system=None, get_time=lambda: now[0])
-    screen = ConsoleProgress(terminal, 25)
-    with terminal.capture() as shown, screen.bar:
-        screen.begin(Path("portrait.jpg"), 7, 25)
+    progress = ConsoleProgress(terminal, 25)
+    with terminal.capture() as shown, progress.bar:
+        progress.begin(Path("portrait.jpg"), 7, 25)
         now[0] = 1.5  # seconds later
-        screen.tile(3, 4)
-        screen.bar.refresh()
-        screen.end(
+        progress.tile(3, 4)
+        progress.bar.refresh()
+        progress.end(
             SimpleNamespace(
                 source="portrait.jpg",
                 target="portrait.png",
@@ -115,3 +110,4 @@ def test_work_in_progress():
     lines = [line for line in re.split(r"\r|\n|\x1b\[[\d?]*[a-zA-Z]", shown.get()) if line.strip()]
     print(*[line for line in dict.fromkeys(lines) if "30 pictures" in line or "done" in line], sep="\n")
     assert any("30 pictures/min 0:00:35 portrait.jpg, tile 3/4" in line for line in lines)
+    assert any(line.startswith("done    portrait.jpg → portrait.png  2048×2048  0.8 s") for line in lines)

@@ -18,9 +18,9 @@ from skimage import data
 from typer.testing import CliRunner
 
 from srsys.cli.develop import develop_app
-from srsys.evaluate import tables as board
+from srsys.evaluate import tables
 from srsys.image import Picture, save_picture
-from srsys.models import weights as models
+from srsys.models import weights
 from srsys.models.networks import CompactNet
 from srsys.models.weights import shipped_weights
 from srsys.registry.store import Store, connect_client
@@ -30,7 +30,7 @@ lesson_home = tempfile.TemporaryDirectory()
 
 
 def srsys(*args, **more):
-    "Runs a command as the shell would, with a home of its own. Gives status, output and errors."
+    "Run a command as the shell would, with a home of its own; return status, output and errors"
     env = {
         "SRSYS_HOME": lesson_home.name,
         "COLUMNS": "120",
@@ -45,7 +45,7 @@ def srsys(*args, **more):
 
 @contextmanager
 def album():
-    "A folder with two photographs, and a place beside it for what is made of them."
+    "Make a folder with two photographs; yields it, and a path beside it for results"
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
         photos.mkdir()
@@ -56,30 +56,24 @@ def album():
 
 def test_train():
     # cli/02_develop.ipynb #train-lesson
-    def pretend(config, data, out, watch, find, *more):
-        "Stands in for the loop"
-        seen = watch(config)
-        seen.step(config.steps - 1, {"l1": 0.5})
-        seen.validated(config.steps, {"psnr_rgb": 30.0}, {"held-out 1": np.zeros((8, 24, 3), np.uint8)})
-        seen.rolled_back(config.steps, "the gradient was not finite")
-        seen.step(config.steps, {"l1": 0.4})
+    def fake_train(config, data, out, make_progress, find, *more):
+        "Replaces the training loop"
+        progress = make_progress(config)
+        progress.step(config.steps - 1, {"l1": 0.5})
+        progress.validated(config.steps, {"psnr_rgb": 30.0}, {"held-out 1": np.zeros((8, 24, 3), np.uint8)})
+        progress.rolled_back(config.steps, "the gradient was not finite")
+        progress.step(config.steps, {"l1": 0.4})
         return out / f"{config.name}-{config.steps}-{find(config.start).name}"
 
-    with album() as (photos, out), mock.patch("srsys.train.loop.train", side_effect=pretend):
+    with album() as (photos, out), mock.patch("srsys.train.loop.train", side_effect=fake_train):
         status, output, errors = srsys("train", "fast-x4", "--data", photos, "--steps", 7, "--start", "shipped:fast-x4")
-        assert (
-            status == 0
-            and output.strip().endswith("runs/fast-x4-7-fast-x4")
-            and "back to the last good weights" in errors
-        )
+        assert status == 0 and output.strip().endswith("runs/fast-x4-7-fast-x4")
+        assert "back to the last good weights" in errors
         assert srsys("train", "fast-x4", "--data", photos, "--start", "shipped:fast-x4", "--no-track")[0] == 0
         client = connect_client(Store(Path(lesson_home.name)))
-        (found,) = client.search_runs([client.get_experiment_by_name("srsys-training").experiment_id])
-        assert (
-            found.info.status == "FINISHED"
-            and found.data.metrics["validation.psnr_rgb"] == 30
-            and found.data.params["network.features"] == "96"
-        )
+        [run] = client.search_runs([client.get_experiment_by_name("srsys-training").experiment_id])
+        assert run.info.status == "FINISHED" and run.data.metrics["validation.psnr_rgb"] == 30
+        assert run.data.params["network.features"] == "96"
         status, output, errors = srsys("train", "huge-x9", "--data", photos)
         assert status == 2 and "there is no recipe 'huge-x9'" in errors
         print(errors.splitlines()[-1])
@@ -88,74 +82,50 @@ def test_train():
 def test_evaluate():
     # cli/02_develop.ipynb #evaluate-lesson
     with album() as (photos, out):
-        status, output, errors = srsys(
-            "evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--json"
-        )
+        command = ["evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4]
+        status, output, errors = srsys(*command, "--json")
         report = json.loads(output)
-        assert (
-            status == 0
-            and report["n"] == 2
-            and report["precision"] == "float32"
-            and report["model"] == "fast-x4/shipped"
-        )
-        print(srsys("evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--ensemble")[1])
-        status, output, errors = srsys(
-            "evaluate", "--model", "shipped:fast-x4", "--data", photos, "--scale", 4, "--degrade", "rain"
-        )
-        print(errors.splitlines()[-1].replace(str(photos.parent), "…"))
-        assert status == 1
+        assert status == 0 and report["n"] == 2 and report["precision"] == "float32"
+        assert report["model"] == "fast-x4/shipped"
+        print(srsys(*command, "--ensemble")[1])
+        status, output, errors = srsys(*command, "--degrade", "rain")
+        assert status == 1 and "portrait.jpg: degrade is" in errors and "not 'rain'" in errors
 
 
 def test_tables():
     # cli/02_develop.ipynb #tables-lesson
-    tracking = mock.Mock()  # the real one has a notebook of its own
     with tempfile.TemporaryDirectory() as folder:
-        bench, out = Path(folder, "bench"), Path(folder, "measured", "scores.json")
+        bench, out, crops = Path(folder, "bench"), Path(folder, "measured", "scores.json"), Path(folder, "crops.jpg")
         (bench / "Set5").mkdir(parents=True)
         save_picture(Picture(data.astronaut()[20:116, 130:226].copy()), bench / "Set5" / "1.png")
+        photo_x2 = shipped_weights()["photo-x2"]
         with (
-            mock.patch.object(board, "shipped_weights", lambda: {"fast-x4": shipped_weights()["fast-x4"]}),
-            mock.patch.object(board, "peak_memory", return_value=(900, 1.0)),
-            mock.patch.dict("sys.modules", {"srsys.registry.tracking": tracking}),
+            mock.patch.object(weights, "shipped_weights", lambda: {"fast-x4": shipped_weights()["fast-x4"]}),
+            mock.patch.object(tables, "shipped_weights", lambda: {"fast-x4": shipped_weights()["fast-x4"]}),
+            mock.patch.object(tables, "peak_memory", return_value=(900, 1.0)),
+            mock.patch("srsys.registry.tracking.log_reports") as log_reports,
         ):
             status, output, errors = srsys(
-                "tables",
-                "--benchmarks",
-                bench,
-                "--out",
-                out,
-                "--model",
-                shipped_weights()["photo-x2"],
-                "--crops",
-                Path(folder, "crops.jpg"),
-                "--track",
+                "tables", "--benchmarks", bench, "--out", out, "--model", photo_x2, "--crops", crops, "--track"
             )
-        assert len(tracking.log_reports.call_args.args[1]) == 15 and tracking.log_reports.call_args.args[2] == [
-            out,
-            Path(folder, "crops.jpg"),
-        ]
-        assert status == 0 and Path(folder, "crops.jpg").read_bytes()[:2] == b"\xff\xd8"
+        assert status == 0 and crops.read_bytes()[:2] == b"\xff\xd8"
+        store, reports, files = log_reports.call_args.args
+        assert len(reports) == 15 and files == [out, crops]
         print(output)
 
-        # any row again, by the command that stands in it
+        # the command in a row measures the same figures again
         cells = json.loads(out.read_text())["cells"]
         assert len(cells) == 15
-        for name, cell in cells.items():
-            if "×2" in name or "jpeg50" in name or "ensemble" in name or "bfloat16" in name:
-                args = [
-                    arg.replace("bench/", f"{bench}/").replace(
-                        "photo-x2.safetensors", str(shipped_weights()["photo-x2"])
-                    )
-                    for arg in shlex.split(cell["command"])[1:]
-                ]
-                again = json.loads(srsys(*args)[1])
-                assert {k: again[k] for k in cell["report"] if k not in ("model", "images")} == {
-                    k: v for k, v in cell["report"].items() if k not in ("model", "images")
-                }, cell["command"]
+        some = {k: v for k, v in cells.items() if any(word in k for word in ("×2", "jpeg50", "ensemble", "bfloat16"))}
+        assert len(some) > 5
+        for cell in some.values():
+            command = cell["command"].replace("bench/", f"{bench}/").replace("photo-x2.safetensors", str(photo_x2))
+            again = json.loads(srsys(*shlex.split(command)[1:])[1])
+            for field in cell["report"].keys() - {"model", "images"}:
+                assert again[field] == cell["report"][field], (cell["command"], field)
         print(cell["command"])
         status, output, errors = srsys("tables", "--benchmarks", folder, "--out", out)
-        print(status, errors.strip().splitlines()[-1].replace(folder, "…"))
-        assert status == 1
+        assert status == 1 and "holds none of the folders Set5" in errors
 
 
 def test_models():
@@ -177,7 +147,7 @@ def test_data():
 
     # cli/02_develop.ipynb #data-lesson
     with album() as (photos, out):
-        shelf_of_a_mirror, home = photos.parent / "mirror.toml", photos.parent / "home"
+        catalog, home = photos.parent / "mirror.toml", photos.parent / "home"
         shutil.make_archive(str(photos), "zip", photos)
         entry = {
             "name": "photos.zip",
@@ -186,50 +156,36 @@ def test_data():
             "set": "album",
             "split": "train",
         }
-        shelf_of_a_mirror.write_text(
-            "[[dataset]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in entry.items())
-        )
-        here = {"SRSYS_HOME": str(home), "SRSYS_CATALOG": str(shelf_of_a_mirror)}
-        print(
-            srsys("data", "fetch", "album", **here)[2],
-            srsys("data", "fetch", "album", "--accept", "--attempts", 1, **here)[2],
-        )
-        shutil.copy(photos.with_suffix(".zip"), home / "data/album/archives")  # as if it had come
-        status, output, errors = srsys("data", "fetch", "album", "--accept", **here)
+        catalog.write_text("[[dataset]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in entry.items()))
+        env = {"SRSYS_HOME": str(home), "SRSYS_CATALOG": str(catalog)}
+        status, output, errors = srsys("data", "fetch", "album", **env)
+        assert status == 1 and "photos.zip" in errors and "--accept" in errors
+        status, output, errors = srsys("data", "fetch", "album", "--accept", "--attempts", 1, **env)
+        assert status == 1 and "Connection refused" in errors
+        shutil.copy(photos.with_suffix(".zip"), home / "data/album/archives")  # as if it had been downloaded
+        status, output, errors = srsys("data", "fetch", "album", "--accept", **env)
         assert status == 0 and output.startswith("album: 2 train → ")
-        status, output, errors = srsys("data", "fetch", "album", "nosuch", "--json", **here)
-        assert status == 1 and [row.get("error", "")[:22] for row in json.loads(output)] == [
-            "",
-            "there is no data set '",
-        ]
+        status, output, errors = srsys("data", "fetch", "album", "nosuch", "--json", **env)
+        fetched, unknown = json.loads(output)
+        assert status == 1 and "error" not in fetched and "there is no data set 'nosuch'" in unknown["error"]
 
+        options = ["--side", 48, "--overlap", 8]
         for source in ("album", photos):
-            status, output, errors = srsys(
-                "data", "cut", source, "-o", out / Path(source).name, "--side", 48, "--overlap", 8, "--json", **here
-            )
+            tiles = out / Path(source).name
+            status, output, errors = srsys("data", "cut", source, "-o", tiles, *options, "--json", **env)
             assert status == 0 and json.loads(output)["tiles"] == 8, (output, errors)
-        print(
-            srsys(
-                "data",
-                "cut",
-                photos,
-                "-o",
-                out / "again",
-                "--side",
-                48,
-                "--overlap",
-                8,
-                "--holdout",
-                "photos=2",
-                **here,
-            )[1].replace(str(out), "…")
+        status, output, errors = srsys(
+            "data", "cut", photos, "-o", out / "again", *options, "--holdout", "photos=2", **env
         )
-        assert srsys("data", "cut", photos, "-o", out, "--holdout", "photos", **here)[0] == 2
-        assert "nosuch holds no data set" in srsys("data", "cut", "nosuch", "-o", out, **here)[2]
+        print(output.replace(str(out), "…"))
+        assert output.startswith("4 tiles of 48×48 from 1 pictures")
+        status, output, errors = srsys("data", "cut", photos, "-o", out, "--holdout", "photos", **env)
+        assert status == 2 and "expected FOLDER=N, not 'photos'" in errors
+        assert "nosuch holds no data set" in srsys("data", "cut", "nosuch", "-o", out, **env)[2]
 
-        assert json.loads(srsys("data", "check", "--json", **here)[1])["album"]["sound"]
+        assert json.loads(srsys("data", "check", "--json", **env)[1])["album"]["sound"]
         (home / "data/album/photos/portrait.jpg").unlink()
-        status, output, errors = srsys("data", "check", "album", **here)
+        status, output, errors = srsys("data", "check", "album", **env)
         print(output)
         assert status == 1 and "missing  photos/portrait.jpg" in output
 
@@ -248,27 +204,23 @@ def test_data():
     assert "fetching photos.zip, MB" in shown[-2] and " 80%" in shown[-2] and "cutting" in shown[-1]
 
 
-def test_other_people_s_models():
+def test_models_of_other_projects():
     # cli/02_develop.ipynb #import-lesson
-    theirs = Path(lesson_home.name) / "their best.pth"
-    torch.save({"params_ema": CompactNet(2, features=4, convs=1).state_dict()}, theirs)
-    digest = hashlib.sha256(theirs.read_bytes()).hexdigest()
-    print(srsys("models", "import", theirs)[2].replace(lesson_home.name, "…"))  # refused: it is a pickle
-    status, output, errors = srsys(
-        "models", "import", theirs, "--trust", digest, "-o", Path(lesson_home.name) / "safe", "--json"
-    )
-    assert status == 0 and models.load(json.loads(output)["file"]).card.terms == "unknown"
+    checkpoint = Path(lesson_home.name) / "their best.pth"
+    torch.save({"params_ema": CompactNet(2, features=4, convs=1).state_dict()}, checkpoint)
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    status, output, errors = srsys("models", "import", checkpoint)
+    assert status == 1 and f"--trust {digest}" in errors, "a pickle is refused, and the error names its digest"
+    safe = Path(lesson_home.name) / "safe"
+    status, output, errors = srsys("models", "import", checkpoint, "--trust", digest, "-o", safe, "--json")
+    assert status == 0 and weights.load(json.loads(output)["file"]).card.terms == "unknown"
     with mock.patch("os.isatty", return_value=True):
-        done = CliRunner().invoke(
-            develop_app,
-            ["models", "import", str(theirs), "--trust", digest, "--name", "fern-x2"],
-            input="CC0\n",
-            env={"SRSYS_HOME": lesson_home.name},
-        )
+        command = ["models", "import", str(checkpoint), "--trust", digest, "--name", "fern-x2"]
+        done = CliRunner().invoke(develop_app, command, input="CC0\n", env={"SRSYS_HOME": lesson_home.name})
     print(done.stdout.split()[-1].replace(lesson_home.name, "…"))
-    assert models.load(done.stdout.split()[-1]).card.terms == "CC0"
+    assert weights.load(done.stdout.split()[-1]).card.terms == "CC0"
 
-    # an official checkpoint that nobody vouches for; the download is in the notebook `fetch`
+    # an official checkpoint that no source confirms; downloads have a notebook of their own
     entry = {
         "name": "fern.pth",
         "register": "fern-x2",
@@ -276,43 +228,31 @@ def test_other_people_s_models():
         "sources": 0,
         "licence": "MIT",
     }
+
+    def fake_download(url, path, sha256, on_progress):
+        on_progress(1, 1)
+        return shutil.copy(checkpoint, path)
+
     with (
-        mock.patch.object(models, "weights_catalog", lambda path=None: {"fern.pth": entry}),
-        mock.patch(
-            "srsys.files.download",
-            side_effect=lambda url, path, sha256, on_progress: on_progress(1, 1) or shutil.copy(theirs, path),
-        ),
+        mock.patch.object(weights, "weights_catalog", lambda path=None: {"fern.pth": entry}),
+        mock.patch("srsys.files.download", side_effect=fake_download),
     ):
         status, output, errors = srsys("models", "fetch", "fern-x2")
-        print(errors)
-        assert status == 1
+        assert status == 1 and errors.startswith("srsys: fern.pth: ") and "--accept takes it nevertheless" in errors
         with mock.patch("os.isatty", return_value=True):
-            assert (
-                CliRunner()
-                .invoke(develop_app, ["models", "fetch", "fern"], input="n\n", env={"SRSYS_HOME": lesson_home.name})
-                .exit_code
-                == 1
-            )
-            assert (
-                CliRunner()
-                .invoke(develop_app, ["models", "fetch", "fern"], input="y\n", env={"SRSYS_HOME": lesson_home.name})
-                .exit_code
-                == 0
-            )
+            for answer, status in (("n\n", 1), ("y\n", 0)):
+                command = ["models", "fetch", "fern"]
+                done = CliRunner().invoke(develop_app, command, input=answer, env={"SRSYS_HOME": lesson_home.name})
+                assert done.exit_code == status
         status, output, errors = srsys("models", "fetch", "catalog:fern-x2", "--accept", "--register")
         print(output.replace(lesson_home.name, "…"))
         assert status == 0 and "srsys-fern-x2/1" in output
         assert json.loads(srsys("models", "fetch", "fern-x2", "--trust", digest, "--json")[1])[0]["sha256"] == digest
         assert json.loads(srsys("models", "list", "--json")[1])[-1]["from"] == "fetched"
-        assert (
-            srsys("models", "fetch", "fern", "moss", "--trust", digest)[0] == 2
-            and srsys("models", "fetch", "moss")[0] == 1
-        )
+        status, output, errors = srsys("models", "fetch", "fern", "moss", "--trust", digest)
+        assert status == 2 and "--trust is for one file" in errors
+        assert srsys("models", "fetch", "moss")[0] == 1
     facts = json.loads(srsys("models", "show", "fern-x2", "--json")[1])
     assert facts["model"] == "srsys-fern-x2/1" and facts["card"]["terms"] == "MIT" and digest in facts["card"]["notes"]
-    assert (
-        json.loads(
-            srsys("models", "import", theirs, "--trust", digest, "--name", "moss-x2", "--register", "--json")[1]
-        )["registered"]
-        == "srsys-moss-x2/1"
-    )
+    output = srsys("models", "import", checkpoint, "--trust", digest, "--name", "moss-x2", "--register", "--json")[1]
+    assert json.loads(output)["registered"] == "srsys-moss-x2/1"

@@ -14,11 +14,11 @@ from itertools import count
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from skimage import data
 from typer.testing import CliRunner
 
-from srsys.batch.cluster import BatchProgress
 from srsys.cli.main import main
 from srsys.image import Picture, open_picture, save_picture
 from srsys.jobs import runner
@@ -28,7 +28,7 @@ lesson_home = tempfile.TemporaryDirectory()
 
 
 def srsys(*args, **more):
-    "Runs a command as the shell would, with a home of its own. Gives status, output and errors."
+    "Run a command as the shell would, with a home of its own; return status, output and errors"
     env = {
         "SRSYS_HOME": lesson_home.name,
         "COLUMNS": "120",
@@ -43,7 +43,7 @@ def srsys(*args, **more):
 
 @contextmanager
 def album():
-    "A folder with two photographs, and a place beside it for what is made of them."
+    "Make a folder with two photographs; yields it, and a path beside it for results"
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
         photos.mkdir()
@@ -61,19 +61,17 @@ def test_restore():
         assert status == 0 and open_picture(out / "portrait.png").width == 4 * 64
         assert open_picture(out / "street [1].png").bands == 1
 
-        # the same again, as a program would ask for it: nothing to do, and nothing but JSON on stdout
+        # the same command again, with JSON output: there is nothing to do, and only JSON on stdout
         status, output, errors = srsys("restore", photos, "-o", out, "--json")
         report = json.loads(output)
         assert status == 0 and (report["done"], report["kept"]) == (0, 2) and report["model"] == "photo-x4/shipped"
 
-        # twice the size: the family's member for it; another format
+        # twice the size, which selects another model of the family; another format
         status, output, errors = srsys(
             "restore", photos / "portrait.jpg", "-o", out / "two", "--scale", 2, "--format", "webp", "--json"
         )
-        assert (
-            json.loads(output)["model"] == "photo-x2/shipped"
-            and open_picture(out / "two" / "portrait.webp").width == 128
-        )
+        assert json.loads(output)["model"] == "photo-x2/shipped"
+        assert open_picture(out / "two" / "portrait.webp").width == 128
 
     # cli/04_main.ipynb #restore-failure
     with album() as (photos, out):
@@ -95,41 +93,43 @@ def test_restore():
             lines = [line for line in errors.splitlines() if "no registry" not in line]
             assert status == 1 and len(lines) == 1, (args, errors)
             print(status, lines[0].replace(str(photos.parent), "…")[:150])
-        for args in (
-            ["restore", photos],
-            ["restore", photos, "-o", out, "--scale", "0"],
-            ["restore", photos, "-o", out, "--format", "bmp"],
-            ["restore", photos / "portrait.jpg", "-o", out / "large.png"],
+        for args, message in (
+            (["restore", photos], "Missing option '--out'"),
+            (["restore", photos, "-o", out, "--scale", "0"], "a scale is a number above 0, and at most 32"),
+            (["restore", photos, "-o", out, "--format", "bmp"], "'bmp' is not one of 'png', 'jpeg', 'webp', 'tiff'"),
+            (["restore", photos / "portrait.jpg", "-o", out / "large.png"], "expected a folder for the results"),
         ):
             status, output, errors = srsys(*args)
-            assert status == 2
-            print(status, errors.strip().splitlines()[-1])
+            assert status == 2 and message in errors.strip().splitlines()[-1]
 
     # cli/04_main.ipynb #restore-interrupted
     with album() as (photos, out):
-        for error, expected in (
-            (KeyboardInterrupt(), "interrupted"),
-            (ZeroDivisionError("by nought"), "ZeroDivisionError: by nought"),
+        for error, message in (
+            (KeyboardInterrupt(), "srsys: interrupted; nothing half-done is left"),
+            (ZeroDivisionError("by zero"), "srsys: ZeroDivisionError: by zero"),
         ):
             with mock.patch("srsys.batch.folder.restore_files", side_effect=error):
                 status, output, errors = srsys("restore", photos, "-o", out)
-                print(errors.strip().splitlines()[-1])
-                assert status == 1 and expected in errors
+            assert status == 1 and errors.strip().splitlines()[-1] == message
 
 
 def test_batch():
     # cli/04_main.ipynb #batch-lesson
-    def played(progress, work, model, crew, tell):
-        "Tells what a job tells, without one."
-        print(f"{work.source.address} → {work.out.address}, {work.model}, {crew.address}, {crew.engines} engines")
+    from srsys.batch.cluster import BatchProgress
+
+    def fake_restore_archive(progress, job, model, options, display):
+        "Reports progress as a job does, without one"
+        print(f"{job.source.address} → {job.out.address}, {job.model}, {options.address}, {options.engines} engines")
         progress.done, progress.seconds, progress.total = 3, 2.0, 6
-        tell(progress, [{"status": "done"}])
+        display(progress, [{"status": "done"}])
         progress.failed += 1
-        tell(progress, [{"status": "failed", "message": "in/a.png: the file is empty"}])
+        display(progress, [{"status": "failed", "message": "in/a.png: the file is empty"}])
         return progress
 
     with (
-        mock.patch("srsys.batch.cluster.restore_archive", side_effect=partial(played, BatchProgress(kept=2))),
+        mock.patch(
+            "srsys.batch.cluster.restore_archive", side_effect=partial(fake_restore_archive, BatchProgress(kept=2))
+        ),
         mock.patch("srsys.batch.archive.Storage.put"),
         mock.patch("time.monotonic", side_effect=count(0, 40)),
     ):
@@ -146,35 +146,27 @@ def test_batch():
             "--engines",
             4,
         )
-        print(output + errors.splitlines()[-1])
-        assert (
-            status == 1
-            and "6 of 6 pictures, 120 pictures/min, 0 min left, 1 failed" in output
-            and "3 done, 2 kept, 1 failed" in output
-        )
+    print(output + errors.splitlines()[-1])
+    assert status == 1 and "3 done, 2 kept, 1 failed" in output
+    assert "6 of 6 pictures, 120 pictures/min, 0 min left, 1 failed" in output
     with (
         mock.patch("srsys.batch.cluster.restore_archive", side_effect=lambda *args: BatchProgress(done=1)),
         mock.patch("srsys.batch.archive.Storage.put"),
     ):
         status, output, errors = srsys("batch", "in", "out", "--json")
-        assert status == 0 and json.loads(output)["done"] == 1
+    assert status == 0 and json.loads(output)["done"] == 1
     status, output, errors = srsys("batch", "gopher://in", "out")
-    print(status, errors.splitlines()[-1])
-    assert status == 1
+    assert status == 1 and errors.splitlines()[-1].startswith("srsys: gopher://in: ")
 
 
-def test_the_end():
-    from srsys.cli.main import _pause
+def test_ending_a_command():
+    from srsys.cli.main import _wait_for_interrupt
 
     # cli/04_main.ipynb #ended-lesson
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM]).start()
-    try:
-        _pause()
-    except KeyboardInterrupt:
-        print("told to end")
-    else:
-        raise AssertionError("nobody ended it")
+    with pytest.raises(KeyboardInterrupt):
+        _wait_for_interrupt()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -182,67 +174,53 @@ def test_serve():
     from srsys.cli.main import on_ray
 
     # cli/04_main.ipynb #serve-lesson
-    page = mock.Mock(run_service=mock.Mock(return_value=0))  # the real one has a notebook of its own
-    with mock.patch.dict("sys.modules", {"srsys.serve.page": page}):
-        assert (
-            srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0
-            and page.run_service.call_args.kwargs["terms"].tokens == ()
-        )
-        print(page.run_service.call_args.args[1:])
-    many = mock.Mock()
-    with mock.patch.dict("sys.modules", {"srsys.serve.ray_replicas": many}):
-        assert srsys("serve", "--ray", "local", "--replicas", 3)[0] == 0 and many.serve_on_ray.call_args.args[1:] == (
-            None,
-            "127.0.0.1",
-            7860,
-            3,
-        )
+    with mock.patch("srsys.serve.server.run_service", return_value=0) as run_service:
+        assert srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0
+    assert run_service.call_args.args[1:] == ("127.0.0.1", 0, 9464, None, "auto", "auto", 5001)
+    assert run_service.call_args.kwargs["policy"].tokens == ()
+    with mock.patch("srsys.serve.ray_replicas.serve_on_ray") as serve_on_ray:
+        assert srsys("serve", "--ray", "local", "--replicas", 3)[0] == 0
+    assert serve_on_ray.call_args.args[1:] == (None, "127.0.0.1", 7860, 3)
+    with mock.patch("srsys.serve.ray_replicas.ray_application") as ray_application:
         on_ray({"most": 8, "least": 2, "gpu": True})
-        assert many.ray_application.call_args.args[1:] == (8, 2, True) and many.ServiceOptions.call_args.args[-1] == 2
+    options, *replicas = ray_application.call_args.args
+    assert replicas == [8, 2, True] and options.cores == 2
 
 
 def test_run():
     # cli/04_main.ipynb #run-lesson
-    done = runner.RunResult("train", "done", 12.0, "runs/2026-11-24/train.done.ipynb", "**Trained.**", {"version": 4})
-    with mock.patch("srsys.jobs.runner.run_notebook", return_value=done) as asked:
+    result = runner.RunResult("train", "done", 12.0, "runs/2026-11-24/train.done.ipynb", "**Trained.**", {"version": 4})
+    with mock.patch("srsys.jobs.runner.run_notebook", return_value=result) as run_notebook:
         print(srsys("run", "train", "-p", "steps", "300", "-p", "model", "fast-x4")[1])
-        assert asked.call_args.args[0].parts[-2:] == ("scheduled", "train.ipynb") and asked.call_args.args[2] == {
-            "steps": "300",
-            "model": "fast-x4",
-        }
-        assert json.loads(srsys("run", "./my own.ipynb", "--json")[1])["facts"] == {
-            "version": 4
-        } and asked.call_args.args[0] == Path("my own.ipynb")
-    with mock.patch(
-        "srsys.jobs.runner.run_notebook", side_effect=runner.ParameterError("train.ipynb has no parameter 'step'")
-    ):
+        path, home, parameters = run_notebook.call_args.args[:3]
+        assert path.parts[-2:] == ("scheduled", "train.ipynb") and parameters == {"steps": "300", "model": "fast-x4"}
+        assert json.loads(srsys("run", "./my own.ipynb", "--json")[1])["facts"] == {"version": 4}
+        assert run_notebook.call_args.args[0] == Path("my own.ipynb")
+    error = runner.ParameterError("train.ipynb has no parameter 'step'")
+    with mock.patch("srsys.jobs.runner.run_notebook", side_effect=error):
         status, _, errors = srsys("run", "train", "-p", "step", "3")
-        assert status == 2 and "no parameter 'step'" in errors
-    with mock.patch(
-        "srsys.jobs.runner.run_notebook",
-        side_effect=runner.JobFailed(
-            runner.RunResult("train", "failed", 3.0, "train.failed.ipynb", error="ValueError: no")
-        ),
-    ):
+    assert status == 2 and "no parameter 'step'" in errors
+    failure = runner.JobFailed(runner.RunResult("train", "failed", 3.0, "train.failed.ipynb", error="ValueError: no"))
+    with mock.patch("srsys.jobs.runner.run_notebook", side_effect=failure):
         status, output, errors = srsys("run", "train", "--json")
-        assert status == 1 and json.loads(output)["status"] == "failed"
-        print(errors)
-    assert srsys("run", "train", "-p", "steps")[0] == 2
+    assert status == 1 and json.loads(output)["status"] == "failed"
+    print(errors)
+    assert srsys("run", "train", "-p", "steps")[0] == 2, "a name without a value"
 
 
 def test_schedule():
     # cli/04_main.ipynb #schedule-lesson
     @contextmanager
-    def keeping(*args):
+    def fake_scheduler(*args):
         yield {"monitor": datetime(2026, 11, 24, 18, 5)}
 
     with (
-        mock.patch("srsys.jobs.timetable.running_scheduler", keeping),
+        mock.patch("srsys.jobs.timetable.running_scheduler", fake_scheduler),
         mock.patch("signal.pause", side_effect=KeyboardInterrupt),
-        mock.patch("os._exit") as left,
+        mock.patch("os._exit") as exit_now,
     ):
         print(srsys("schedule")[1])
-        assert left.call_args.args == (0,)
+    assert exit_now.call_args.args == (0,)
 
 
 def test_doctor():
@@ -256,12 +234,12 @@ def test_doctor():
     assert status == 1 and json.loads(output)["engine"].startswith("FAILED: RestoreError")
 
 
-def test_and_the_others_commands():
+def test_the_commands_of_the_other_modules():
     # cli/04_main.ipynb #join-lesson
-    status, out, err = srsys("--help")
-    print(out)
+    status, output, errors = srsys("--help")
+    print(output)
     assert status == 0 and srsys("--version")[1].strip() == version("srsys")
-    assert all(
-        name in out for name in ("restore", "serve", "train", "evaluate", "models", "doctor", "promote", "rollback")
-    )
+    commands = ("restore", "serve", "train", "evaluate", "models", "doctor", "promote", "rollback")
+    assert all(re.search(rf"^  {name} ", output, re.M) for name in commands)
+    assert not re.search(r"^  kpi", output, re.M) and srsys("kpi", "--help")[0] == 0
     assert srsys("restaurate")[0] == 2

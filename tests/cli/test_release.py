@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from skimage import data
 from typer.testing import CliRunner
@@ -14,10 +15,10 @@ from typer.testing import CliRunner
 from srsys.cli.release import release_app
 from srsys.evaluate import measure
 from srsys.image import Picture, save_picture
-from srsys.models import weights as models
+from srsys.models import weights
 from srsys.models.networks import CompactNet
+from srsys.registry import store
 from srsys.registry.promotion import register_challenger
-from srsys.registry.store import Store, connect_client, list_versions, register
 
 # cli/03_release.ipynb #lesson-objects
 torch.set_num_threads(1)
@@ -40,11 +41,11 @@ KERNELS = {
     "nearest": (0.0, 1.0, 0.0),
     "linear": (0.25, 0.75, 0.0),
     "cubic": (0.2266, 0.8672, -0.0938),
-}  # for the first of the two pixels that one becomes
+}  # interpolation kernels, for the first of the two pixels that one becomes
 
 
-def weights(kind, name="fern-x2"):
-    "A network that was never trained: one of the old ways to enlarge, written down as weights."
+def interpolation_weights(kind, name="fern-x2"):
+    "Write the weights of a network that does not learn but interpolates; return the file"
     net, kernel = CompactNet(2, features=3, convs=0), torch.tensor(KERNELS[kind])
     first, slope, last = net.body
     for p in net.parameters():
@@ -54,16 +55,16 @@ def weights(kind, name="fern-x2"):
         first.weight.data[c, c, 1, 1] = 1.0
         for i, (down, across) in enumerate((y, x) for y in (kernel, kernel.flip(0)) for x in (kernel, kernel.flip(0))):
             last.weight.data[4 * c + i, c] = torch.outer(down, across)
-            last.weight.data[4 * c + i, c, 1, 1] -= 1  # which the network adds by itself
+            last.weight.data[4 * c + i, c, 1, 1] -= 1  # the network adds the input by itself
     path = Path(tempfile.mkdtemp(dir=lesson_home.name)) / f"{name}.safetensors"
-    models.save(net, models.Card(name, **CARD), path)
+    weights.save(net, weights.Card(name, **CARD), path)
     return path
 
 
-def home():
-    "A home with sixty small photographs, and a registry in which linear interpolation is champion."
+def make_home():
+    "Make a home with a registry in which linear interpolation is champion; sixty small photographs are in the template"
     if not template.exists():
-        register(Store(template), weights("linear"))
+        store.register(store.Store(template), interpolation_weights("linear"))
         (template / "pictures").mkdir()
         patches = [
             p[y : y + 40, x : x + 40]
@@ -79,7 +80,7 @@ def home():
 
 
 def srsys(home, *args):
-    "Run a command as the shell would. Gives status, output and errors."
+    "Run a command as the shell would; return status, output and errors"
     env = {
         "SRSYS_HOME": str(home),
         "COLUMNS": "120",
@@ -87,93 +88,87 @@ def srsys(home, *args):
         "FORCE_COLOR": None,
         "TTY_COMPATIBLE": None,
     }
-    with (
+    with (  # the result must not depend on the load of this machine
         mock.patch.object(measure, "peak_memory", lambda model, content: (700.0, 1.0)),
-        mock.patch.object(models, "shipped_weights", dict),
+        mock.patch.object(weights, "shipped_weights", dict),
         mock.patch("srsys.evaluate.comparison.measure_pace", lambda restorers, **options: [1.0] * len(restorers)),
-    ):  # how busy this machine is, is no lesson
+    ):
         done = CliRunner().invoke(release_app, [str(arg) for arg in args], env=env)
     return done.exit_code, done.stdout, done.stderr.replace(lesson_home.name, "…")
 
 
-def test_what_they_are_judged_on():
+def test_the_pictures_that_models_are_judged_on():
     from srsys.cli.release import held_out_pictures
 
     # cli/03_release.ipynb #data-lesson
-    place = home()
+    home = make_home()
     assert len(held_out_pictures(template / "pictures")) == 60
     for i in range(20):
-        (place / "train/BSD400").mkdir(parents=True, exist_ok=True)
-        shutil.copy(template / "pictures/00.png", place / f"train/BSD400/{i:02}.png")
-    assert [p.name for p in held_out_pictures(place / "train")] == ["00.png", "10.png"], "every tenth, as when training"
-    for nothing in (place / "nowhere", place / "artifacts"):
-        try:
-            held_out_pictures(nothing)
-        except measure.EvaluateError as e:
-            print(str(e).replace(str(place), "…"))
-        else:
-            raise AssertionError("there was nothing to judge on")
+        (home / "train/BSD400").mkdir(parents=True, exist_ok=True)
+        shutil.copy(template / "pictures/00.png", home / f"train/BSD400/{i:02}.png")
+    assert [p.name for p in held_out_pictures(home / "train")] == ["00.png", "10.png"], "every tenth, as in training"
+    (home / "empty").mkdir()
+    for folder in (home / "nowhere", home / "empty"):
+        with pytest.raises(measure.EvaluateError, match=f"{folder.name}: expected originals"):
+            held_out_pictures(folder)
 
 
 def test_promote():
     # cli/03_release.ipynb #promote-lesson
-    place = home()
+    home = make_home()
+    pictures = template / "pictures"
     status, output, errors = srsys(
-        place, "promote", "fern-x2", "--weights", weights("cubic"), "--data", template / "pictures"
+        home, "promote", "fern-x2", "--weights", interpolation_weights("cubic"), "--data", pictures
     )
-    print(output, errors)
+    print(output)
     assert status == 0 and output.endswith("srsys-fern-x2/2 is champion now\n") and not errors
-    evidence = place / "runs/fern-x2.evidence.json"
-    assert srsys(place, "promote", "fern-x2", "--evidence", evidence)[1].endswith(
-        "srsys-fern-x2/2 is champion now\n"
-    ), "again: nothing to do"
+    evidence = home / "runs/fern-x2.evidence.json"
+    again = srsys(home, "promote", "fern-x2", "--evidence", evidence)[1]
+    assert again.endswith("srsys-fern-x2/2 is champion now\n"), "it is already: nothing to do"
 
     # cli/03_release.ipynb #promote-lesson-fails
-    shutil.copytree(template / "pictures", place / "benchmarks/Set60")
-    (place / "benchmarks/notes").mkdir()  # not everything there is a benchmark
+    shutil.copytree(pictures, home / "benchmarks/Set60")
+    (home / "benchmarks/notes").mkdir()  # a folder without pictures is ignored
     status, output, errors = srsys(
-        place,
+        home,
         "promote",
         "fern-x2",
         "--weights",
-        weights("nearest"),
+        interpolation_weights("nearest"),
         "--data",
-        template / "pictures",
+        pictures,
         "--benchmarks",
-        place / "benchmarks",
+        home / "benchmarks",
     )
     print(output)
     assert status == 1 and "BROKEN  no regression on Set60" in output and not errors
-    worse = json.loads(srsys(place, "promote", "srsys-fern-x2", "--evidence", evidence, "--json")[1])
+    worse = json.loads(srsys(home, "promote", "srsys-fern-x2", "--evidence", evidence, "--json")[1])
     assert not worse["accepted"] and worse["version"] == "srsys-fern-x2/3"
-    for arguments in (
-        ["fern-x2"],
-        ["moss-x2", "--data", template / "pictures"],
-        ["fern-x2", "--evidence", place / "mlflow.db"],
+    for arguments, expected_status, message in (
+        (["fern-x2"], 2, "give --data with pictures to judge on, or --evidence"),
+        (["moss-x2", "--data", pictures], 1, "srsys-moss-x2 is not registered"),
+        (["fern-x2", "--evidence", home / "mlflow.db"], 1, "mlflow.db: expected the evidence of a trial"),
     ):
-        status, output, errors = srsys(place, "promote", *arguments)
-        print(status, errors.replace(str(place).replace(lesson_home.name, "…"), "…"), end="")
-        assert status and not output
-    connect_client(Store(place)).delete_registered_model_alias("srsys-fern-x2", "challenger")
-    assert "has no challenger" in srsys(place, "promote", "fern-x2", "--data", template / "pictures")[2]
+        status, output, errors = srsys(home, "promote", *arguments)
+        assert status == expected_status and message in errors and not output
+    client = store.connect_client(store.Store(home))
+    client.delete_registered_model_alias("srsys-fern-x2", "challenger")
+    assert "has no challenger" in srsys(home, "promote", "fern-x2", "--data", pictures)[2]
 
     # cli/03_release.ipynb #promote-lesson-without
-    register_challenger(Store(place), weights("nearest"))
-    connect_client(Store(place)).set_model_version_tag("srsys-fern-x2", "2", "gate.status", "")
-    status, output, errors = srsys(place, "promote", "fern-x2", "--data", template / "pictures")
+    register_challenger(store.Store(home), interpolation_weights("nearest"))
+    client.set_model_version_tag("srsys-fern-x2", "2", "gate.status", "")
+    status, output, errors = srsys(home, "promote", "fern-x2", "--data", pictures)
     print(errors, output.splitlines()[0], sep="")
     assert "judged without the champion" in errors and "over bicubic" in output
 
 
 def test_rollback():
     # cli/03_release.ipynb #rollback-lesson
-    place = home()
-    assert (
-        srsys(place, "promote", "fern-x2", "--weights", weights("cubic"), "--data", template / "pictures", "--json")[0]
-        == 0
-    )
-    print(srsys(place, "rollback", "fern-x2")[1], end="")
-    assert [v.aliases for v in list_versions(Store(place))] == [("champion",), ()]
-    status, output, errors = srsys(place, "rollback", "fern-x2", "--json")
-    print(status, errors)
-    assert status == 1 and "nothing to take back" in errors
+    home, pictures = make_home(), template / "pictures"
+    command = ["promote", "fern-x2", "--weights", interpolation_weights("cubic"), "--data", pictures, "--json"]
+    assert srsys(home, *command)[0] == 0
+    print(srsys(home, "rollback", "fern-x2")[1], end="")
+    assert [v.aliases for v in store.list_versions(store.Store(home))] == [("champion",), ()]
+    status, output, errors = srsys(home, "rollback", "fern-x2", "--json")
+    assert status == 1 and "srsys-fern-x2/1" in errors and not output, "there is no champion before it"

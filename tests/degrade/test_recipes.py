@@ -13,17 +13,18 @@ from PIL import Image
 from skimage import data
 
 from srsys.degrade.operations import jpeg
+from srsys.degrade.recipes import RecipeError
 from srsys.degrade.resize import bicubic_downscale
 
 # degrade/03_recipes.ipynb #one-thread
-torch.set_num_threads(1)  # the lessons' pictures are too small to be shared out
+torch.set_num_threads(1)  # the lessons' pictures are too small for several threads
 
 # degrade/03_recipes.ipynb #shared
 cat = data.chelsea()[:256, 40:424]
 
 
 def show_row(pictures, titles, zoom=2):
-    "Pictures side by side, each pixel drawn as a square"
+    "Show pictures side by side, each pixel drawn as a square."
     gap = np.full((pictures[0].shape[0], 2, 3), 255, np.uint8)
     row = np.concatenate([part for p in pictures for part in (p, gap)], axis=1)
     file = io.BytesIO()
@@ -32,8 +33,17 @@ def show_row(pictures, titles, zoom=2):
     display(Picture(file.getvalue()))
 
 
+def refusal(recipe, **values):
+    "The message of the `RecipeError` that a recipe with these values raises."
+    try:
+        recipe(**values)
+    except RecipeError as error:
+        return str(error)
+    raise AssertionError(f"{values} should have been refused")
+
+
 def test_damaged_photographs_photorecipe():
-    from srsys.degrade.recipes import BLUR_NOISE_JPEG, PhotoRecipe, RecipeError, apply_recipe, compress_shifted
+    from srsys.degrade.recipes import BLUR_NOISE_JPEG, PhotoRecipe, apply_recipe, compress_shifted
 
     # degrade/03_recipes.ipynb #lesson-photo
     pictures = [apply_recipe(cat, 2, seed) for seed in range(8)]
@@ -90,24 +100,19 @@ def test_damaged_photographs_photorecipe():
     )
 
     # degrade/03_recipes.ipynb #lesson-refused
-    for wrong in [
-        dict(blur_share=1.5),
-        dict(noise=(25, 1)),
-        dict(quality=(30,)),
-        dict(noise=(0, 5)),
-        dict(jpeg_share=0.7, webp_share=0.6),
-        dict(coarse_quality=(0, 30)),
+    for wrong, message in [
+        (dict(blur_share=1.5), "PhotoRecipe.blur_share is a probability from 0 to 1, not 1.5"),
+        (dict(noise=(25, 1)), "PhotoRecipe.noise is a range (low, high) with 0 ≤ low ≤ high, not (25, 1)"),
+        (dict(quality=(30,)), "PhotoRecipe.quality is a range (low, high) of qualities from 1 to 100, not (30,)"),
+        (dict(noise=(0, 5)), "PhotoRecipe.noise is drawn logarithmically and must begin above 0"),
+        (dict(jpeg_share=0.7, webp_share=0.6), "PhotoRecipe.jpeg_share and .webp_share are 1 together at most"),
+        (dict(coarse_quality=(0, 30)), "PhotoRecipe.coarse_quality is a range (low, high) of qualities from 1 to 100"),
     ]:
-        try:
-            PhotoRecipe(**wrong)
-        except RecipeError as e:
-            print(e)
-        else:
-            raise AssertionError(f"should have refused {wrong}")
+        assert refusal(PhotoRecipe, **wrong).startswith(message)
 
 
-def test_damage_twice_over_realesrganrecipe():
-    from srsys.degrade.recipes import RealESRGANRecipe, RealESRGANStage, RecipeError, apply_recipe
+def test_a_second_order_chain_realesrganrecipe():
+    from srsys.degrade.recipes import RealESRGANRecipe, RealESRGANStage, apply_recipe
 
     # degrade/03_recipes.ipynb #lesson-real-esrgan
     pictures = [apply_recipe(cat, 2, seed, RealESRGANRecipe()) for seed in range(8)]
@@ -122,20 +127,17 @@ def test_damage_twice_over_realesrganrecipe():
         )
 
     # degrade/03_recipes.ipynb #lesson-stages
-    still = dict(blur_share=0, resize_shares=(0, 0, 1), gaussian_share=1, noise=(0, 0), quality=(100, 100))
+    off = dict(blur_share=0, resize_shares=(0, 0, 1), gaussian_share=1, noise=(0, 0), quality=(100, 100))
 
     def only(final_sinc=0, **changes):
         return RealESRGANRecipe(
-            RealESRGANStage(**still | changes),
-            RealESRGANStage(**still),
-            final_sinc_share=final_sinc,
-            sinc_first_share=1,
+            RealESRGANStage(**off | changes), RealESRGANStage(**off), final_sinc_share=final_sinc, sinc_first_share=1
         )
 
     kinds = {
         "blur": only(blur_share=1, sinc_share=0, blur=(3, 3)),
         "down and up": only(resize_shares=(0, 1, 0), resize=(0.3, 0.3)),
-        "photons": only(gaussian_share=0, poisson=(3, 3)),
+        "photon noise": only(gaussian_share=0, poisson=(3, 3)),
         "JPEG": only(quality=(10, 10)),
         "ringing": only(final_sinc=1),
     }
@@ -146,19 +148,15 @@ def test_damage_twice_over_realesrganrecipe():
             RealESRGANStage(gaussian_share=1, noise=(0, 0)), RealESRGANStage(gaussian_share=1, noise=(0, 0))
         )
         assert np.array_equal(apply_recipe(grey, 4, seed, quiet), grey[:16, :12])
-    for wrong in (dict(kernel_shares=(0.5, 0.5)), dict(group=0)):
-        try:
-            RealESRGANRecipe(**wrong)
-        except RecipeError as e:
-            print(e)
-        else:
-            raise AssertionError("should have refused")
+    wrong_shares = refusal(RealESRGANRecipe, kernel_shares=(0.5, 0.5))
+    assert wrong_shares.startswith("RealESRGANRecipe.kernel_shares is a probability for each of 6 kinds, 1 together")
+    assert refusal(RealESRGANRecipe, group=0) == "RealESRGANRecipe.group is a whole number from 1, not 0"
     assert json.loads(json.dumps(asdict(RealESRGANRecipe())))["second"]["blur_share"] == 0.8, (
-        "a whole recipe can be logged, and read by others"
+        "a whole recipe can be logged as JSON"
     )
 
 
-def test_in_any_order_bsrganrecipe():
+def test_in_random_order_bsrganrecipe():
     from srsys.degrade.recipes import BSRGANRecipe, apply_recipe
 
     # degrade/03_recipes.ipynb #lesson-bsrgan
@@ -183,10 +181,12 @@ def test_in_any_order_bsrganrecipe():
             blur=(0, 0), blur_per_scale=0, noise=(20, 20), noise_shares=(0, 0, 1), resize_share=0, quality=(100, 100)
         ),
     )
-    print(np.corrcoef(loud.reshape(-1, 3).T.astype(float)).round(2).tolist(), "one channel against another")
+    correlation = np.corrcoef(loud.reshape(-1, 3).T.astype(float))
+    assert 0.1 < np.abs(correlation[np.triu_indices(3, 1)]).max() < 1, "the channels are correlated, but not equal"
+    print(correlation.round(2).tolist())
 
 
-def test_the_shoebox_oldphotorecipe():
+def test_old_prints_oldphotorecipe():
     from srsys.degrade.recipes import OldPhotoRecipe, apply_recipe
 
     # degrade/03_recipes.ipynb #lesson-old-photo
@@ -237,30 +237,33 @@ def test_the_shoebox_oldphotorecipe():
     )
 
 
-def test_what_none_of_them_may_do():
+def test_no_recipe_may_shift_the_picture():
     from srsys.degrade.recipes import BSRGANRecipe, OldPhotoRecipe, PhotoRecipe, RealESRGANRecipe, apply_recipe
 
     # degrade/03_recipes.ipynb #lesson-aligned
-    def moved(a, b):
-        "By how many pixels (down, right) picture b lies off a: least squares over a's slopes"
+    def measure_shift(a, b):
+        "By how many pixels (down, right) picture b is shifted against a: least squares over a's slopes."
         a, b = (p.astype(float).mean(2) for p in (a, b))
         slopes = np.stack([*(g.ravel() for g in np.gradient(a)), a.ravel(), np.ones(a.size)], 1)
         return -np.linalg.lstsq(slopes, b.ravel(), rcond=None)[0][:2]
 
-    assert np.abs(moved(bicubic_downscale(cat, 2)[1:], bicubic_downscale(cat, 2)[:-1]) - (1, 0)).max() < 0.3, (
-        "it sees a shift"
-    )
+    small = bicubic_downscale(cat, 2)
+    assert np.abs(measure_shift(small[1:], small[:-1]) - (1, 0)).max() < 0.3, "a known shift is measured"
     for recipe in (PhotoRecipe(twice_share=1), RealESRGANRecipe(), BSRGANRecipe(), OldPhotoRecipe()):
         for scale in (2, 3, 4):
             hr = cat[:192, 60:300]
-            off = np.mean(
-                [moved(bicubic_downscale(hr, scale), apply_recipe(hr, scale, seed, recipe)) for seed in range(3)], 0
+            shift = np.mean(
+                [
+                    measure_shift(bicubic_downscale(hr, scale), apply_recipe(hr, scale, seed, recipe))
+                    for seed in range(3)
+                ],
+                0,
             )
-            assert np.abs(off).max() < 0.15, (recipe, scale, off)
+            assert np.abs(shift).max() < 0.15, (recipe, scale, shift)
         batch = torch.from_numpy(cat[:128, :128].copy()).permute(2, 0, 1)[None].repeat(6, 1, 1, 1)
         first, again = (recipe.damage(batch, 4, np.random.default_rng(5)) for _ in range(2))
         assert torch.equal(first, again) and first.shape == (6, 3, 32, 32) and first.dtype == torch.uint8
-        assert len(first.flatten(1).unique(dim=0)) == 6, "each patch has dice of its own"
+        assert len(first.flatten(1).unique(dim=0)) == 6, "parameters are drawn for each patch"
         show_row(
             [bicubic_downscale(cat[:128, :128], 4), *first.permute(0, 2, 3, 1).numpy()],
             ["bicubic", type(recipe).__name__],
@@ -269,7 +272,7 @@ def test_what_none_of_them_may_do():
 
 
 @pytest.mark.gpu
-def test_what_none_of_them_may_do_lesson_gpu():
+def test_no_recipe_may_shift_the_picture_lesson_gpu():
     from srsys.degrade.recipes import BSRGANRecipe, OldPhotoRecipe, PhotoRecipe, RealESRGANRecipe
 
     # degrade/03_recipes.ipynb #lesson-gpu

@@ -10,14 +10,14 @@ from PIL import Image
 from skimage import data
 
 # degrade/01_resize.ipynb #one-thread
-torch.set_num_threads(1)  # the lessons' pictures are too small to be shared out
+torch.set_num_threads(1)  # the lessons' pictures are too small for several threads
 
 # degrade/01_resize.ipynb #show-row
 cat = data.chelsea()[:296, :448]
 
 
 def show_row(pictures, titles):
-    "Pictures side by side, each pixel drawn as a square"
+    "Show pictures side by side, each pixel drawn as a square."
     zoom, gap = 200 // pictures[0].shape[1] + 1, np.full((pictures[0].shape[0], 4, 3), 255, np.uint8)
     row = np.concatenate([part for p in pictures for part in (p, gap)], axis=1)
     file = io.BytesIO()
@@ -26,7 +26,7 @@ def show_row(pictures, titles):
     display(Picture(file.getvalue()))
 
 
-def test_the_bicubic_filter_written_as_a_table():
+def test_the_bicubic_filter_as_a_table_of_weights():
     from srsys.degrade.resize import resize_weights
 
     # degrade/01_resize.ipynb #lesson-contributions
@@ -53,13 +53,16 @@ def test_imresize_exact_to_the_last_bit():
         assert np.array_equal(np.concatenate(parts), imresize(cat, None, size=size)), size
 
     # degrade/01_resize.ipynb #lesson-imresize-errors
-    for bad in [cat / 255, cat[:0]]:
+    for bad, message in [
+        (cat / 255, "imresize works on uint8 and uint16 arrays, not float64"),
+        (cat[:0], "cannot resize 0×448 to 0×896: a side is empty"),
+    ]:
         try:
             imresize(bad, 2)
-        except ValueError as e:
-            print(e)
+        except ValueError as error:
+            assert str(error) == message
         else:
-            raise AssertionError("should have refused")
+            raise AssertionError("should have been refused")
 
 
 def test_clean_pairs_bicubic_downscale():
@@ -69,5 +72,7 @@ def test_clean_pairs_bicubic_downscale():
     assert bicubic_downscale(data.chelsea(), 4).shape == (75, 112, 3)
     try:
         bicubic_downscale(cat[:3], 4)
-    except ValueError as e:
-        print(e)
+    except ValueError as error:
+        assert str(error) == "a picture of 448×3 is smaller than the scale 4"
+    else:
+        raise AssertionError("should have been refused")

@@ -7,6 +7,7 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 import torch
 from IPython.display import Markdown
 from skimage import data
@@ -19,7 +20,7 @@ from srsys.registry.gating import EvidenceError, gate
 from srsys.restore.restorer import Restorer
 
 # evaluate/03_comparison.ipynb #lesson-objects
-torch.set_num_threads(1)  # the lessons' pictures are too small to be shared out
+torch.set_num_threads(1)  # the lessons' pictures are too small to benefit from several threads
 FAST = weights.load(weights.shipped_weights()["fast-x2"])
 torch.manual_seed(0)
 BROKEN = replace(FAST, net=CompactNet(2, features=8, convs=2, unshuffle=2).eval(), sha256="broken")
@@ -33,57 +34,44 @@ def test_the_pictures():
     with tempfile.TemporaryDirectory() as folder:
         for i in range(2):
             save_picture(Picture(data.astronaut()[i * 90 : i * 90 + 90, 180:280]), f"{folder}/{i}.png")
-        whole, listed = (
-            prepare_slice("two", EvaluationSlice(Path(folder), 2)),
-            prepare_slice("two", EvaluationSlice([Path(folder) / "0.png", Path(folder) / "1.png"], 2, "jpeg50")),
-        )
-    assert whole.sha256 == listed.sha256 and (listed.name, listed.degrade, len(listed.pairs)) == ("two", "jpeg50", 2)
-    try:
+        of_folder = prepare_slice("two", EvaluationSlice(Path(folder), 2))
+        of_list = prepare_slice("two", EvaluationSlice([Path(folder) / "0.png", Path(folder) / "1.png"], 2, "jpeg50"))
+    assert of_folder.sha256 == of_list.sha256
+    assert (of_list.name, of_list.degrade, len(of_list.pairs)) == ("two", "jpeg50", 2)
+    with pytest.raises(measure.EvaluateError, match="holiday: no pictures to measure"):
         prepare_slice("holiday", EvaluationSlice([], 2))
-    except measure.EvaluateError as e:
-        print(e)
-    else:
-        raise AssertionError("no pictures were measured")
 
 
-def test_files_that_are_meant_to_do_harm():
+def test_hostile_files():
     from srsys.evaluate.comparison import hostile_file_problem, hostile_files, run_hostile_files
 
     # evaluate/03_comparison.ipynb #lesson-hostile
     files = hostile_files()
     restorer = Restorer(FAST)
     assert run_hostile_files(restorer) == {"tried": len(files), "failed": []} and len(files) == 20
-    pictures = [open_picture(content).pixels for content, good in files.values() if good]
-    names = [name for name, (_, good) in files.items() if good]
+    pictures = {name: open_picture(content).pixels for name, (content, valid) in files.items() if valid}
     figure, axes = plt.subplots(2, 7, figsize=(10, 3.2), dpi=56)
     for ax in axes.flat:
         ax.axis("off")
-    figure.patch.set_facecolor("lightsteelblue")  # white and one-pixel pictures are to be seen, too
-    for ax, name, pixels in zip(axes.flat, names, pictures, strict=False):
-        ax.imshow(
-            (pixels if pixels.dtype == np.uint8 else pixels // 257)[..., : 3 if pixels.shape[2] > 2 else 1].squeeze(
-                2 if pixels.shape[2] < 3 else ()
-            ),
-            cmap="grey",
-            vmin=0,
-            vmax=255,
-        )
+    figure.patch.set_facecolor("lightsteelblue")  # makes white and one-pixel pictures visible
+    for ax, (name, pixels) in zip(axes.flat, pictures.items(), strict=False):
+        shown = pixels if pixels.dtype == np.uint8 else pixels // 257
+        shown = shown[..., :3] if shown.shape[2] > 2 else shown[..., 0]
+        ax.imshow(shown, cmap="grey", vmin=0, vmax=255)
         ax.set_title(name, fontsize=9)
     plt.tight_layout()
     plt.show()
-    print(*[name for name, (_, good) in files.items() if not good], sep=", ")
+    print(*[name for name, (_, valid) in files.items() if not valid], sep=", ")
 
     # evaluate/03_comparison.ipynb #lesson-hostile-fails
-    found = run_hostile_files(Restorer(BROKEN))
-    print(found["failed"][0], f"… and {len(found['failed']) - 1} more")
-    assert len(found["failed"]) == 13
-    print(
-        hostile_file_problem(restorer, files["noise"][0], False),
-        hostile_file_problem(restorer, b"a letter", True),
-        sep="\n",
-    )
+    failed = run_hostile_files(Restorer(BROKEN))["failed"]
+    print(failed[0], f"… and {len(failed) - 1} more")
+    assert len(failed) == 13, "every valid picture"
+    assert hostile_file_problem(restorer, files["noise"][0], False) == "accepted as a picture"
+    assert hostile_file_problem(restorer, b"a letter", True) == "a valid picture was refused"
     with mock.patch.object(Restorer, "restore", lambda self, picture: Picture(picture.pixels)):
-        print(hostile_file_problem(restorer, files["noise"][0], True))
+        problem = hostile_file_problem(restorer, files["noise"][0], True)
+    assert problem == "the result is (33, 47, 3) of uint8, not (66, 94, 3)"
 
 
 def test_colours():
@@ -95,7 +83,7 @@ def test_colours():
     assert max(shifts.values()) < 2
 
     class Warm(torch.nn.Module):
-        "Makes everything a little redder."
+        "Enlarges, and makes everything a little redder."
 
         def forward(self, x_nchw):
             return (
@@ -106,23 +94,24 @@ def test_colours():
     assert max_colour_shift(Restorer(replace(FAST, net=Warm()))) > 7
 
 
-def test_taking_turns():
+def test_timing_in_alternation():
     from srsys.evaluate.comparison import measure_pace
 
     # evaluate/03_comparison.ipynb #lesson-pace
-    class Played:
-        "A clock and two models: the second takes 1.5 s, the first 1 s, and every third turn something else takes 10 s more."
+    class TimedRestorer:
+        "Takes a given time on a simulated clock; in every third round, other work takes 10 s more."
 
-        def __init__(self, took):
-            self.took, self.turn = took, 0
+        clock = 0.0
+
+        def __init__(self, seconds):
+            self.seconds, self.round = seconds, 0
 
         def restore(self, picture):
-            self.turn += 1
-            Played.now += self.took + 10 * (self.turn % 3 == 0)
+            self.round += 1
+            TimedRestorer.clock += self.seconds + 10 * (self.round % 3 == 0)
 
-    Played.now = 0.0
-    fast, slow = measure_pace([Played(1.0), Played(1.5)], side=1000, clock=lambda: Played.now)
-    assert (fast, slow) == (1.0, 1.5)
+    restorers = [TimedRestorer(1.0), TimedRestorer(1.5)]
+    assert measure_pace(restorers, side=1000, clock=lambda: TimedRestorer.clock) == [1.0, 1.5]
 
 
 def test_the_trial():
@@ -139,7 +128,7 @@ def test_the_trial():
         ]
         for i, patch in enumerate(patches):
             save_picture(Picture(patch), f"{folder}/{i:02}.png")
-        files, said = sorted(Path(folder).iterdir()), []
+        files, messages = sorted(Path(folder).iterdir()), []
         ours, theirs = run_trial(
             FAST,
             photo,
@@ -148,7 +137,7 @@ def test_the_trial():
             ("srsys-fast-x2/1", "srsys-photo-x2/1"),
             rounds=3,
             size=(96, 64),
-            say=said.append,
+            on_progress=messages.append,
         )
     decision = gate(ours, theirs)
     assert (
@@ -157,27 +146,22 @@ def test_the_trial():
     assert all(reason.passed for reason in decision.reasons if reason.rule not in ("latency", "peak memory")), str(
         decision
     )
-    print(*said, sep="\n")
+    print(*messages, sep="\n")
     Markdown(decision.markdown().partition("\n| latency")[0])
 
     # evaluate/03_comparison.ipynb #lesson-trial-broken
-    broken, nobody = run_trial(BROKEN, FAST, {"validation": EvaluationSlice([], 2)})
-    assert (
-        not broken.finite
-        and broken.slices == {}
-        and nobody is None
-        and not gate(broken).accepted
-        and len(broken.hostile["failed"]) == 13
-    )
+    broken, no_champion = run_trial(BROKEN, FAST, {"validation": EvaluationSlice([], 2)})
+    assert not broken.finite and broken.slices == {} and len(broken.hostile["failed"]) == 13
+    assert no_champion is None and not gate(broken).accepted
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(measure, "peak_memory", lambda model, content: (700.0, 1.0)),
     ):
         save_picture(Picture(data.astronaut()[:64, 200:264]), f"{folder}/a.png")
-        alone, nobody = run_trial(
+        alone, no_champion = run_trial(
             replace(FAST, card=None), None, {"validation": EvaluationSlice(Path(folder), 2)}, rounds=1
         )
-    assert nobody is None and alone.label == "fast-x2" and alone.card_missing == REQUIRED_CARD_FIELDS
+    assert no_champion is None and alone.label == "fast-x2" and alone.card_missing == REQUIRED_CARD_FIELDS
     print(gate(alone))
 
 
@@ -185,18 +169,14 @@ def test_evidence_json():
     from srsys.evaluate.comparison import read_evidence, run_trial, write_evidence
 
     # evaluate/03_comparison.ipynb #lesson-file
-    found, nobody = run_trial(BROKEN, None, {})
+    evidence, _ = run_trial(BROKEN, None, {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "evidence.json"
-        write_evidence(path, found, found)
-        assert read_evidence(path) == (found, found)
-        write_evidence(path, found)
-        assert read_evidence(path) == (found, None)
+        write_evidence(path, evidence, evidence)
+        assert read_evidence(path) == (evidence, evidence)
+        write_evidence(path, evidence)
+        assert read_evidence(path) == (evidence, None)
         for text in ("{}", "[]", "half a fi", '{"challenger": {}, "champion": null}'):
             path.write_text(text)
-            try:
+            with pytest.raises(EvidenceError, match="expected the evidence of a trial"):
                 read_evidence(path)
-            except EvidenceError as e:
-                print(str(e).replace(folder, "…"))
-            else:
-                raise AssertionError("that is no evidence")

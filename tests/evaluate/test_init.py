@@ -3,6 +3,8 @@
 # evaluate/index.ipynb #lesson-imports
 from pathlib import Path
 
+import pytest
+
 
 def test_public_names():
     # evaluate/index.ipynb #public-imports
@@ -10,9 +12,5 @@ def test_public_names():
     from srsys.models import load, shipped_weights
 
     # evaluate/index.ipynb #public-lesson
-    try:
+    with pytest.raises(EvaluateError, match="nowhere: no pictures to measure"):
         evaluate(load(shipped_weights()["fast-x4"]), Path("nowhere"), 4)
-    except EvaluateError as error:
-        refusal = str(error)
-    assert "nowhere" in refusal
-    refusal

@@ -6,27 +6,27 @@ from pathlib import Path
 # evaluate/01_measure.ipynb #lesson-imports
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 import torch
 from IPython.display import Markdown, display
 from skimage import data
 
 from srsys.degrade.kinds import degrade_picture
 from srsys.degrade.resize import imresize
-from srsys.evaluate.measure import EvaluateError
 from srsys.image import Picture, as_rgb8, open_picture, save_picture
 from srsys.metrics.scores import psnr
 from srsys.models.weights import load, shipped_weights
 from srsys.restore.restorer import Restorer
 
 # evaluate/01_measure.ipynb #one-thread
-torch.set_num_threads(1)  # the lessons' pictures are too small to be shared out
+torch.set_num_threads(1)  # the lessons' pictures are too small to benefit from several threads
 
 # evaluate/01_measure.ipynb #lesson-pictures
 CAT, WOMAN = data.chelsea()[20:180, 80:280].copy(), data.astronaut()[20:200, 130:330].copy()
 
 
 def benchmark(folder):
-    "A benchmark of two pictures"
+    "Write a benchmark of two pictures; return its folder"
     folder = Path(folder) / "two pictures"
     folder.mkdir()
     for name, pixels in {"cat": CAT, "woman": WOMAN}.items():
@@ -34,17 +34,8 @@ def benchmark(folder):
     return folder
 
 
-def refusal(do, *args, **options):
-    "The error that `do` raises, as text"
-    try:
-        do(*args, **options)
-    except EvaluateError as e:
-        return str(e)
-    raise AssertionError("that should have been refused")
-
-
 def test_the_originals():
-    from srsys.evaluate.measure import read_originals
+    from srsys.evaluate.measure import EvaluateError, read_originals
 
     # evaluate/01_measure.ipynb #lesson-originals
     with tempfile.TemporaryDirectory() as folder:
@@ -54,39 +45,38 @@ def test_the_originals():
     assert names == ("cat.png", "woman.png") and np.array_equal(pictures[0], CAT)
     assert as_rgb8(Picture(CAT[..., :1])).shape == CAT.shape
     assert np.array_equal(as_rgb8(Picture(CAT.astype(np.uint16) * 257)), CAT)
-    with tempfile.TemporaryDirectory() as empty:
-        print(refusal(read_originals, empty).replace(empty, "…"))
+    with tempfile.TemporaryDirectory() as empty, pytest.raises(EvaluateError, match="no pictures to measure"):
+        read_originals(empty)
 
 
 def test_what_every_model_is_measured_on():
-    from srsys.evaluate.measure import prepare_benchmark, read_originals
+    from srsys.evaluate.measure import EvaluateError, prepare_benchmark, read_originals
 
     # evaluate/01_measure.ipynb #lesson-prepare
     with tempfile.TemporaryDirectory() as folder:
         pair = benchmark(folder)
         four = prepare_benchmark(pair, 4)
-        again = prepare_benchmark(pair, 4, found=read_originals(pair))
-        print(
-            refusal(prepare_benchmark, pair, 1.5), refusal(prepare_benchmark, pair, 400).replace(folder, "…"), sep="\n"
-        )
+        again = prepare_benchmark(pair, 4, originals=read_originals(pair))
+        with pytest.raises(EvaluateError, match="scores are defined for whole scales, not ×1.5"):
+            prepare_benchmark(pair, 1.5)
+        with pytest.raises(EvaluateError, match="cat.png: "):  # too small to be divided by 400
+            prepare_benchmark(pair, 400)
     assert four.sha256 == again.sha256 and [p.name for p in four.pairs] == ["cat.png", "woman.png"]
-    assert four.pairs[0].lr.shape == (40, 50, 3) and four.pairs[0].bicubic.psnr_y == psnr(
-        imresize(degrade_picture(CAT, 4), 4), CAT, 4
-    )
+    assert four.pairs[0].lr.shape == (40, 50, 3)
+    assert four.pairs[0].bicubic.psnr_y == psnr(imresize(degrade_picture(CAT, 4), 4), CAT, 4)
 
 
-def test_eight_views_of_the_same_picture():
+def test_self_ensemble_eight_views_of_the_same_picture():
     from srsys.evaluate.measure import SelfEnsemble
 
     # evaluate/01_measure.ipynb #lesson-ensemble
     torch.manual_seed(0)
     x = torch.rand(1, 3, 6, 8)
-    assert torch.allclose(SelfEnsemble(torch.nn.Identity())(x), x), "every view comes back the way it went"
-    tilted = torch.nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
-    whole = SelfEnsemble(tilted)
-    assert torch.allclose(whole(x.mT).mT, whole(x), atol=1e-6) and not torch.allclose(
-        tilted(x.mT).mT, tilted(x), atol=1e-2
-    ), "no direction is special any more"
+    assert torch.allclose(SelfEnsemble(torch.nn.Identity())(x), x), "every view is turned back correctly"
+    net = torch.nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False)
+    ensemble = SelfEnsemble(net)
+    assert not torch.allclose(net(x.mT).mT, net(x), atol=1e-2), "the network alone depends on the orientation"
+    assert torch.allclose(ensemble(x.mT).mT, ensemble(x), atol=1e-6), "the ensemble does not"
 
 
 def test_the_measurement():
@@ -95,33 +85,36 @@ def test_the_measurement():
     # evaluate/01_measure.ipynb #lesson-evaluate
     model = load(shipped_weights()["fast-x4"])
     with tempfile.TemporaryDirectory() as folder:
-        pair, seen = benchmark(folder), []
-        report = evaluate(model, pair, 4, on_image=lambda done, total: seen.append((done, total)))
+        pair, calls = benchmark(folder), []
+        report = evaluate(model, pair, 4, on_image=lambda done, total: calls.append((done, total)))
         again = evaluate(model, pair, 4)
         better = evaluate(model, pair, 4, ensemble=True)
-    assert report.mean == again.mean and report.weights_sha256 == model.sha256 and seen == [(2, 2)]
+    assert report.mean == again.mean and report.weights_sha256 == model.sha256 and calls == [(2, 2)]
     assert (report.n, report.shave, report.precision, report.ensemble) == (2, 4, "float32", False)
     assert (
         set(report.to_dict()["mean"]) == {"psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"}
         and report.images[0]["seconds"] > 0
     )
     assert better.ensemble and better.weights_sha256 == model.sha256 and better.mean.psnr_y > report.mean.psnr_y
+    over_bicubic = report.mean.psnr_y - report.bicubic.psnr_y
     print(
-        f"{report.mean.psnr_y - report.bicubic.psnr_y:+.2f} dB over bicubic, and {better.mean.psnr_y - report.mean.psnr_y:+.2f} more by looking eight times"
+        f"{over_bicubic:+.2f} dB over bicubic, and {better.mean.psnr_y - report.mean.psnr_y:+.2f} more by self-ensemble"
     )
 
 
 def test_peak_memory_and_the_machine():
-    from srsys.evaluate.measure import machine_info, peak_memory, restore_file
+    from srsys.evaluate.measure import benchmark_photo, machine_info, peak_memory, restore_file
 
     # evaluate/01_measure.ipynb #lesson-memory
-    tiny = load(shipped_weights()["fast-x2"])
+    model = load(shipped_weights()["fast-x2"])
+    photo = benchmark_photo(90, 60)
+    assert (open_picture(photo).width, open_picture(photo).height) == (90, 60)
     with tempfile.TemporaryDirectory() as folder:
-        path, out = Path(folder) / "in.png", Path(folder) / "out.jpg"
-        save_picture(Picture(CAT[:60, :90]), path)
-        restore_file(tiny, path, out)
+        path, out = Path(folder) / "in.jpg", Path(folder) / "out.jpg"
+        path.write_bytes(photo)
+        restore_file(model, path, out)
         assert open_picture(out).width == 180
-        megabytes, _ = peak_memory(tiny, path.read_bytes())
+    megabytes, _ = peak_memory(model, photo)
     assert 100 < megabytes < 4000 and machine_info()["cores"] == os.cpu_count()
 
 

@@ -9,80 +9,70 @@ from pathlib import Path
 import torch
 from IPython.display import Markdown, display
 
-from srsys.evaluate.measure import machine_info
+from srsys.evaluate.measure import benchmark_photo, machine_info
+from srsys.evaluate.tables import CROPS_FOLDER, DIV2K
 from srsys.image import open_picture
 from srsys.metrics.scores import Report, Scores, psnr
 from srsys.models.weights import load, shipped_weights
 from srsys.restore.restorer import Restorer
 
 # evaluate/04_speed.ipynb #lesson-model
-torch.set_num_threads(1)  # the lessons' pictures are too small to be shared out
+torch.set_num_threads(1)  # the lessons' pictures are too small to benefit from several threads
 MODEL = load(shipped_weights()["fast-x4"])
 
 
 def test_three_ways_to_enlarge_a_file():
-    from srsys.evaluate.speed import benchmark_photo, enlarge_bicubic, restore_with_srsys, restore_with_torch
+    from srsys.evaluate.speed import bicubic_pipeline, srsys_pipeline, torch_pipeline
 
     # evaluate/04_speed.ipynb #lesson-ways
     photo = benchmark_photo(96, 54)
     pictures = {}
-    for name, way in {
-        "srsys": restore_with_srsys(Restorer(MODEL, "cpu", "float32")),
-        "plain": restore_with_torch(MODEL),
-        "bicubic": enlarge_bicubic(4),
+    for name, pipeline in {
+        "srsys": srsys_pipeline(Restorer(MODEL, "cpu", "float32")),
+        "plain": torch_pipeline(MODEL),
+        "bicubic": bicubic_pipeline(4),
     }.items():
-        content, stages = way(photo)
-        assert list(stages) == ["decode", "infer", "encode"]
+        content, seconds = pipeline.run(photo)
+        assert list(seconds) == ["decode", "infer", "encode"]
         pictures[name] = open_picture(content).pixels
     assert all(p.shape == (216, 384, 3) for p in pictures.values())
     assert psnr(pictures["srsys"], pictures["plain"]) > 60, "the same weights give the same picture"
 
 
-def test_taking_turns():
-    from srsys.evaluate.speed import benchmark_photo, compare_speed, restore_with_srsys, restore_with_torch
+def test_timing_in_alternation():
+    from srsys.evaluate.speed import compare_speed, srsys_pipeline, torch_pipeline
 
     # evaluate/04_speed.ipynb #lesson-compare
-    ways = {"plain": restore_with_torch(MODEL), "srsys": restore_with_srsys(Restorer(MODEL, "cpu"))}
-    timings = compare_speed("96×54 ×4", ways, benchmark_photo(96, 54), rounds=2, plain="plain")
+    contenders = {"plain": torch_pipeline(MODEL), "srsys": srsys_pipeline(Restorer(MODEL, "cpu"))}
+    timings = compare_speed("96×54 ×4", contenders, benchmark_photo(96, 54), rounds=2, baseline="plain")
     assert [t.contender for t in timings] == ["plain", "srsys"]
     assert timings[0].speedup is None and timings[1].speedup > 0 and timings[1].db > 45
     assert timings[1].total == timings[1].decode + timings[1].infer + timings[1].encode
 
 
-def test_the_bench():
+def test_the_benchmark():
     from srsys.evaluate.speed import Timing, bench_table
 
     # evaluate/04_speed.ipynb #lesson-bench
     timing = Timing("480×270 ×4", "fast-x4, srsys", decode=0.003, infer=0.1, encode=0.05, speedup=4.1, db=62.0)
     document = {
-        "machine": machine_info(),
+        "machine": {**machine_info(), "load": 0.0, "date": "some day"},
         "timings": [{**asdict(timing), "total": timing.total}],
         "memory": {"model": "fast-x2", "width": 6000, "height": 4000, "megabytes": 1300, "seconds": 20.0},
     }
-    assert document == json.loads(json.dumps(document)) and "4.1× | 62.0 dB" in bench_table(document)
-    display(Markdown(bench_table({**document, "machine": {**machine_info(), "load": 0.0, "date": "some day"}})))
+    assert document == json.loads(json.dumps(document))
+    assert [cell.strip() for cell in bench_table(document).splitlines()[2].split("|")][-3:-1] == ["4.1×", "62.0 dB"]
+    display(Markdown(bench_table(document)))
 
 
 def test_goals():
-    from srsys.evaluate.speed import CROPS, DIV2K, goal_table, load_test_text, quality_goals, speed_goals
+    from srsys.evaluate.speed import goal_table, load_test_text, quality_goals, speed_goals
 
     # evaluate/04_speed.ipynb #lesson-goals
     assert {g.verdict for g in [*quality_goals([]), *speed_goals(None)]} == {"not measurable here"}
     bicubic = Scores(psnr_y=26.68, ssim_y=0.7043, psnr_rgb=25.24, ssim_rgb=0.69)
-    crops = Report(
-        "fast-x4",
-        "",
-        CROPS,
-        "",
-        4,
-        "bicubic",
-        4,
-        "float32",
-        100,
-        replace(bicubic, psnr_rgb=26.9, ssim_y=0.77),
-        bicubic,
-        [],
-    )
+    scores = replace(bicubic, psnr_rgb=26.9, ssim_y=0.77)
+    crops = Report("fast-x4", "", CROPS_FOLDER, "", 4, "bicubic", 4, "float32", 100, scores, bicubic, [])
     on_crops = quality_goals([crops])
     assert on_crops[0].verdict == "not measurable here" and "the same gain" in on_crops[0].figure
     whole_set = replace(crops, data=DIV2K, mean=replace(bicubic, psnr_rgb=28.1, ssim_y=0.84))
@@ -112,29 +102,26 @@ def test_goals():
     display(Markdown(goal_table(on_crops)))
 
 
-def test_two_verbs():
-    from srsys.evaluate.speed import CROPS, speed_main
+def test_the_files_in_nbs_measured():
+    from srsys.evaluate.speed import Goal, read_measured, save_bench, save_goals, update_measured
 
     # evaluate/04_speed.ipynb #lesson-main
     scores = Scores(psnr_y=28.4, ssim_y=0.77, psnr_rgb=26.9, ssim_rgb=0.75)
-    crops = Report("fast-x4", "", CROPS, "", 4, "bicubic", 4, "float32", 100, scores, scores, [])
+    crops = Report("fast-x4", "", CROPS_FOLDER, "", 4, "bicubic", 4, "float32", 100, scores, scores, [])
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "measured"
-        speed_main(["bench", "--quick", "--peer", str(shipped_weights()["fast-x4"]), "--out", str(out)])
-        document = json.loads((out / "bench.json").read_text())
+        measured = Path(folder) / "measured"
+        assert save_bench(measured, peer=shipped_weights()["fast-x4"], quick=True) == read_measured(
+            measured / "bench.json"
+        )
+        document = update_measured(measured / "bench.json", {"traffic": {"people": 32}})
         assert len(document["timings"]) == 2 * 5 + 1 + 2 and 100 < document["memory"]["megabytes"] < 4000
-        speed_main(["kpi", "--out", str(out)])
-        assert {g["verdict"] for g in json.loads((out / "kpi.json").read_text())} == {"not measurable here"}, (
-            "tiny pictures meet no goal"
+        update_measured(measured / "bench.json", {"traffic": None})
+        assert {g.verdict for g in save_goals(measured)} == {"not measurable here"}, "tiny pictures meet no goal"
+        assert [Goal(**g) for g in json.loads((measured / "kpi.json").read_text())] == save_goals(measured)
+
+        older = replace(crops, scale=4, weights_sha256="of older weights")
+        current = replace(crops, scale=2, weights_sha256=MODEL.sha256)
+        update_measured(
+            measured / "scores.json", {"cells": {r.scale: {"report": r.to_dict()} for r in (older, current)}}
         )
-        cells = {
-            r.scale: {"report": r.to_dict()}
-            for r in (
-                replace(crops, scale=s, weights_sha256=MODEL.sha256 if s == 2 else "of older weights") for s in (4, 2)
-            )
-        }
-        (out / "scores.json").write_text(json.dumps({"cells": cells}))
-        speed_main(["kpi", "--out", str(out)])
-        assert json.loads((out / "kpi.json").read_text())[0]["figure"].startswith("on the crops: ×2"), (
-            "figures of older weights are not shown"
-        )
+        assert save_goals(measured)[0].figure.startswith("on the crops: ×2"), "figures of older weights are not shown"

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from IPython.display import Markdown, display
 from skimage import data
@@ -17,21 +18,21 @@ from srsys.models.networks import CompactNet
 from srsys.models.weights import load, shipped_weights, wrap_network
 
 # evaluate/02_tables.ipynb #lesson-shared
-torch.set_num_threads(1)  # the lessons' pictures are too small to be shared out
+torch.set_num_threads(1)  # the lessons' pictures are too small to benefit from several threads
 FAST, PHOTO_X2 = (
     tables.Contender(load(shipped_weights()[name]), f"shipped:{name}") for name in ("fast-x4", "photo-x2")
 )
 
 
 def stored():
-    "The document and the literature as they lie in a clone"
+    "Read the measured and the published scores that the repository holds"
     here = next(folder for folder in map(Path, ("../measured", "nbs/measured")) if folder.is_dir())
     return tables.read_scores(here / "scores.json"), tables.published_scores(here / "published.toml")
 
 
 @contextmanager
 def benchmarks():
-    "A folder with two benchmarks of one small picture each, and a place for the document"
+    "Make two benchmarks of one small picture each; yields their folder and a path for scores.json"
     with tempfile.TemporaryDirectory() as folder:
         for name, pixels in {
             "Set5": data.chelsea()[20:116, 80:200],
@@ -52,7 +53,7 @@ def test_the_short_table():
     display(Markdown(f"*Protocol.* {document['protocol']}\n\n*Machine.* {tables.describe_machine(document)}"))
 
 
-def test_among_the_published():
+def test_beside_the_published_figures():
     # evaluate/02_tables.ipynb #among
     document, literature = stored()
     for scale in (2, 3, 4):
@@ -63,11 +64,11 @@ def test_among_the_published():
     display(Markdown("Published figures are from: " + "; ".join(dict.fromkeys(p.source for p in literature)) + "."))
 
 
-def test_after_damage():
+def test_degraded_pictures():
     # evaluate/02_tables.ipynb #after
     document, literature = stored()
     for scale in (2, 3, 4):
-        display(Markdown(f"**×{scale}**\n\n{tables.damage_table(document, scale)}"))
+        display(Markdown(f"**×{scale}**\n\n{tables.degradation_table(document, scale)}"))
 
     # evaluate/02_tables.ipynb #worse
     document, literature = stored()
@@ -90,14 +91,13 @@ def test_what_is_measured():
 
     # evaluate/02_tables.ipynb #lesson-plan
     cells = plan_cells([FAST, PHOTO_X2], ["Set5", "Set14", DIV2K])
-    fast = [cell for cell in cells if cell.contender is FAST]
-    assert {(cell.scale, cell.degrade) for cell in fast if cell.folder == "Set14"} == {(4, kind) for kind in CLEAN} | {
-        (3, "bicubic")
-    }
+    on_set14 = {(cell.scale, cell.degrade) for cell in cells if cell.contender is FAST and cell.folder == "Set14"}
+    assert on_set14 == {(4, kind) for kind in CLEAN} | {(3, "bicubic")}
     assert len([cell for cell in cells if cell.contender is PHOTO_X2 and cell.folder == "Set5"]) == len(PHOTO) + 2
     assert [cell.degrade for cell in cells if cell.folder == DIV2K] == ["bicubic"] * 3
+    first = cells[0]
     print(
-        f"{len(cells)} rows; the first: {cells[0].contender.model.name} on {cells[0].folder} ×{cells[0].scale} {cells[0].degrade}"
+        f"{len(cells)} rows; the first: {first.contender.model.name} on {first.folder} ×{first.scale} {first.degrade}"
     )
 
 
@@ -112,21 +112,16 @@ def test_a_figure_and_its_key():
         repeat_command(replace(cell, contender=replace(FAST, trusted=True), precision="bfloat16", ensemble=True)),
         sep="\n",
     )
-    assert score_key(cell, "e3") != score_key(replace(cell, ensemble=True), "e3") != score_key(cell, "e4")
+    keys = {score_key(cell, "e3"), score_key(replace(cell, ensemble=True), "e3"), score_key(cell, "e4")}
+    assert len(keys) == 3, "another way to measure, or other pictures, are another figure"
     with benchmarks() as (folder, path):
         assert read_scores(path)["cells"] == {}
         models = {
             digest: {"name": "fast-x4", "spec": "shipped:fast-x4"} for digest in (FAST.model.sha256, "of older weights")
         }
-        report = {"data_sha256": "e3"}
-        write_scores(
-            path,
-            {
-                "models": models,
-                "cells": {f"{digest} v{SCORES_VERSION}": {"report": {"weights_sha256": digest}} for digest in models}
-                | {"v0": {"report": {"weights_sha256": FAST.model.sha256}}},
-            },
-        )
+        cells = {f"{digest} v{SCORES_VERSION}": {"report": {"weights_sha256": digest}} for digest in models}
+        older_protocol = {"v0": {"report": {"weights_sha256": FAST.model.sha256}}}
+        write_scores(path, {"models": models, "cells": cells | older_protocol})
         assert list(read_scores(path)["cells"]) == [f"{FAST.model.sha256} v{SCORES_VERSION}"]
 
 
@@ -135,43 +130,42 @@ def test_measuring_what_is_missing():
 
     # evaluate/02_tables.ipynb #lesson-measure
     with benchmarks() as (folder, path):
-        seen = []
+        calls = []
         document = measure_missing(
-            [FAST], folder, path, large=(96, 64), on_progress=lambda done, total, what: seen.append((done, total, what))
+            [FAST],
+            folder,
+            path,
+            memory_size=(96, 64),
+            on_progress=lambda done, total, what: calls.append((done, total, what)),
         )
         assert len(document["cells"]) == len(plan_cells([FAST], ["Set5", "Set14"])) and document == read_scores(path)
-        assert seen[-1][0] == seen[-1][1] and "fast-x4, Set14 ×4 jpeg30" in seen[-1][2]
+        assert calls[-1][0] == calls[-1][1] and "fast-x4, Set14 ×4 jpeg30" in calls[-1][2]
         [(name, row)] = [(k, c) for k, c in document["cells"].items() if "×4 Set14 jpeg50" in k]
         assert Report.from_dict(row["report"]).mean == evaluate(FAST.model, folder / "Set14", 4, "jpeg50").mean
         print(row["command"], row["report"]["mean"], sep="\n")
 
-        # interrupted, it goes on: only what is missing is measured
-        seen.clear()
+        # after an interruption, only what is missing is measured
+        calls.clear()
         del document["cells"][name]
         write_scores(path, document)
-        measure_missing([FAST], folder, path, on_progress=lambda done, total, what: seen.append(what))
+        measure_missing([FAST], folder, path, on_progress=lambda done, total, what: calls.append(what))
         assert document["models"][FAST.model.sha256]["megabytes"] > 100
-        assert set(seen) == {"Set14 ×4 jpeg50", "fast-x4, Set14 ×4 jpeg50"}
+        assert set(calls) == {"Set14 ×4 jpeg50", "fast-x4, Set14 ×4 jpeg50"}
 
-        # other weights of the same name take the older ones' place
+        # newer weights of the same name replace the older ones
         torch.manual_seed(0)
         newer = Contender(
             wrap_network(CompactNet(4, features=4, convs=1), "mine-x4", "of newer weights"), "mine-x4.safetensors"
         )
         older = Contender(replace(newer.model, sha256="of older weights"), newer.spec)
         for contender in (older, newer):
-            document = measure_missing([contender], folder, path, large=None)
+            document = measure_missing([contender], folder, path, memory_size=None)
         assert {m["name"]: digest for digest, m in document["models"].items()} == {
             "fast-x4": FAST.model.sha256,
             "mine-x4": "of newer weights",
         }
-    with tempfile.TemporaryDirectory() as empty:
-        try:
-            measure_missing([FAST], Path(empty), Path(empty) / "scores.json")
-        except EvaluateError as e:
-            print(str(e).replace(empty, "…"))
-        else:
-            raise AssertionError("there was nothing to measure with")
+    with tempfile.TemporaryDirectory() as empty, pytest.raises(EvaluateError, match="holds none of the folders Set5"):
+        measure_missing([FAST], Path(empty), Path(empty) / "scores.json")
 
 
 def test_what_the_literature_reports():
@@ -181,7 +175,8 @@ def test_what_the_literature_reports():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "published.toml"
         path.write_text(
-            '[sources]\nswinir = "Liang et al. 2021"\n[published]\nrows = [["IMDN", 4, 715000, 40.9, 32.21, 0.8948, 28.58, 0.7811, 27.56, 0.7353, "swinir"]]'
+            '[sources]\nswinir = "Liang et al. 2021"\n'
+            '[published]\nrows = [["IMDN", 4, 715000, 40.9, 32.21, 0.8948, 28.58, 0.7811, 27.56, 0.7353, "swinir"]]'
         )
         [imdn] = published_scores(path)
     assert imdn.luma["Set14"] == (28.58, 0.7811) and imdn.macs == 710_069
@@ -194,7 +189,7 @@ def test_from_the_document_to_tables():
         PublishedScore,
         all_reports,
         clean_table,
-        damage_table,
+        degradation_table,
         full_table,
         measure_missing,
         summary_table,
@@ -202,36 +197,29 @@ def test_from_the_document_to_tables():
     )
 
     # evaluate/02_tables.ipynb #lesson-render
-    literature = [
-        PublishedScore(
-            "IMDN",
-            4,
-            715_000,
-            710_069,
-            {"Set5": (32.21, 0.8948), "Set14": (28.58, 0.7811), "BSD100": (27.56, 0.7353)},
-            "Liang et al. 2021",
-        )
-    ]
+    luma = {"Set5": (32.21, 0.8948), "Set14": (28.58, 0.7811), "BSD100": (27.56, 0.7353)}
+    literature = [PublishedScore("IMDN", 4, 715_000, 710_069, luma, "Liang et al. 2021")]
     torch.manual_seed(0)
     untrained = Contender(
         wrap_network(CompactNet(4, features=4, convs=1), "untrained-x4", "of untrained weights"),
         "untrained-x4.safetensors",
     )
     with benchmarks() as (folder, path):
-        document = measure_missing([FAST, PHOTO_X2, untrained], folder, path, large=None)
-    assert "**fast-x4**" in clean_table(document, literature, 4) and "brought down" in clean_table(document, [], 3)
+        document = measure_missing([FAST, PHOTO_X2, untrained], folder, path, memory_size=None)
+    assert "**fast-x4**" in clean_table(document, literature, 4) and "×4 reduced" in clean_table(document, [], 3)
     assert any(
         line.startswith("**untrained-x4** is worse than bicubic enlargement") for line in worse_than_bicubic(document)
-    ) and "worse than bicubic**" in summary_table(document)
+    )
+    assert "worse than bicubic**" in summary_table(document)
     assert full_table(document).count("srsys evaluate") == len(document["cells"]) == len(all_reports(document))
     display(
         Markdown(summary_table(document)),
         Markdown(clean_table(document, literature, 4)),
-        Markdown(damage_table(document, 2)),
+        Markdown(degradation_table(document, 2)),
     )
 
 
-def test_the_two_pictures():
+def test_the_plot_and_the_crops():
     from srsys.evaluate.tables import PublishedScore, comparison_crops, plot_scores
 
     # evaluate/02_tables.ipynb #lesson-plot
@@ -262,7 +250,7 @@ def test_the_two_pictures():
             PublishedScore("bicubic", 4, 0, 0, {"Set5": (28.42, 0.8104)}, ""),
         ],
     )
-    assert [len(ax.lines) for ax in figure.axes] == [2, 2], "what has no parameters has no place in it"
+    assert [len(ax.lines) for ax in figure.axes] == [2, 2], "a point without parameters is left out"
 
     # evaluate/02_tables.ipynb #lesson-crops
     figure = comparison_crops([FAST, PHOTO_X2], kinds=("bicubic", "jpeg50"))

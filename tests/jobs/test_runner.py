@@ -27,35 +27,39 @@ def notebook(
     return path
 
 
-def refusal(do, *args, **options):
-    "The message of the JobError that `do` raises, without folders."
+def refused(message, do, *args, **options):
+    "Assert that `do` raises a JobError with this message, and print it without folders."
     try:
         do(*args, **options)
     except JobError as error:
-        return re.sub(r"/\S+/", "", str(error))
-    raise AssertionError("that should have been refused")
+        text = re.sub(r"/\S+/", "", str(error))
+        assert message in text, text
+        print(text.partition(", since")[0])
+    else:
+        raise AssertionError(f"no JobError: {message}")
 
 
-def test_what_may_be_set():
+def test_parameters():
     from srsys.jobs.runner import check_parameters, read_parameters
 
     # jobs/01_runner.ipynb #parameters-lesson
     with tempfile.TemporaryDirectory() as folder:
         count = notebook(folder)
         print(read_parameters(count))
-        assert check_parameters(
-            count, [("steps", "1000"), ("quick", "False"), ("rate", "1"), ("name", "7"), ("extra", "[1]")]
-        ) == {"steps": 1000, "quick": False, "rate": 1.0, "name": "7", "extra": [1]}
+        given = [("steps", "1000"), ("quick", "False"), ("rate", "1"), ("name", "7"), ("extra", "[1]")]
+        expected = {"steps": 1000, "quick": False, "rate": 1.0, "name": "7", "extra": [1]}
+        assert check_parameters(count, given) == expected
         assert check_parameters(count, [("steps", 1000)]) == {"steps": 1000}
-        for given in (("step", "1000"), ("steps", "many"), ("steps", "1.5"), ("quick", 1)):
-            print(refusal(check_parameters, count, [given]))
-        print(refusal(read_parameters, Path(folder, "dream.ipynb")))
-        print(refusal(read_parameters, notebook(folder, parameters="steps = 3 * 7")))
+        refused("count.ipynb has no parameter 'step'", check_parameters, count, [("step", "1000")])
+        for given in (("steps", "many"), ("steps", "1.5"), ("quick", 1)):
+            refused(f"count.ipynb: {given[0]} is", check_parameters, count, [given])
+        refused("there is no notebook dream.ipynb", read_parameters, Path(folder, "dream.ipynb"))
+        refused("only assignments of plain values", read_parameters, notebook(folder, parameters="steps = 3 * 7"))
         Path(folder, "count.ipynb").write_text("{}")
-        assert "is not a notebook" in refusal(read_parameters, Path(folder, "count.ipynb"))
+        refused("count.ipynb is not a notebook", read_parameters, Path(folder, "count.ipynb"))
 
 
-def test_the_decision_on_top():
+def test_the_conclusion_on_top():
     from srsys.jobs.runner import conclude, headline
 
     # jobs/01_runner.ipynb #conclude-lesson
@@ -65,7 +69,7 @@ def test_the_decision_on_top():
     )
 
 
-def test_the_process_that_does_it():
+def test_the_worker_process():
     from srsys.jobs.runner import _papermill, conclusion, worker_main
 
     # jobs/01_runner.ipynb #work-lesson
@@ -83,7 +87,10 @@ def test_the_process_that_does_it():
         try:
             _papermill(str(notebook(folder, "1 / 0", name="wrong")), out, {}, folder, 60)
         except SystemExit as end:
+            assert str(end).startswith("PapermillExecutionError")
             print(end)
+        else:
+            raise AssertionError("the failing notebook did not end the process")
         assert conclusion(out) == ("", {})
 
     # jobs/01_runner.ipynb #work-follow-lesson
@@ -99,11 +106,11 @@ def test_the_process_that_does_it():
             worker_main()
             assert executed.call_args.args[:2] == ("a.ipynb", "b.ipynb")
             _, options = thread.call_args
-            options["target"](*options["args"])  # the end of the input is the end of the group
+            options["target"](*options["args"])  # at the end of the input the group is killed
             assert killed.call_args.args == (os.getpgrp(), signal.SIGKILL)
 
 
-def test_one_run():
+def test_running_a_notebook():
     from srsys.jobs.runner import run_notebook
 
     # jobs/01_runner.ipynb #run-lesson
@@ -119,14 +126,11 @@ def test_one_run():
                 notebook(folder, *COUNT), home, {"steps": "12"}, Store(home), webhook="http://chat.invalid/srsys"
             )
         assert tracked.return_value.__enter__.return_value.file.call_count == 2  # the notebook and its page
-        told = post.call_args.kwargs
+        notified = post.call_args.kwargs["json"]
         print(f"{result.status}: {result.words} {result.facts}")
-        assert told["json"]["text"].startswith("srsys: count done after ") and told["json"]["facts"] == result.facts
-        assert (
-            result.facts["steps"] == 12
-            and result.file.startswith(str(home.resolve()))
-            and not list(home.glob("runs/*/*.running.ipynb"))
-        )
+        assert notified["text"].startswith("srsys: count done after ") and notified["facts"] == result.facts
+        assert result.facts["steps"] == 12 and result.file.startswith(str(home.resolve()))
+        assert not list(home.glob("runs/*/*.running.ipynb"))
         assert 'srsys_drift_statistic{feature="noise"} 0.2' in (home / "metrics/count.prom").read_text()
         page = Path(result.file).with_suffix(".html").read_text()
         assert "12 steps" in page and 'src="http' not in page
@@ -136,22 +140,24 @@ def test_one_run():
         assert again.file == result.file and "3 steps" in Path(again.file).read_text() and len(kept) == 4
 
 
-def test_and_when_it_goes_wrong():
+def test_failures():
     from srsys.jobs.runner import JobFailed, run_lock, run_notebook
 
     # jobs/01_runner.ipynb #fails-lesson
     def failure(folder, *cells, **options):
+        "Run a notebook that fails, check what it leaves, and return the result."
         try:
             run_notebook(notebook(folder, *cells), Path(folder), **options)
         except JobFailed as failed:
             assert "count.failed.ipynb" in failed.result.file and Path(failed.result.file).with_suffix(".html").exists()
             assert not (Path(folder) / "metrics").exists()
             return failed.result
-        raise AssertionError("that should have failed")
+        raise AssertionError("the notebook did not fail")
 
     with tempfile.TemporaryDirectory() as folder:
-        (left := Path(folder, "runs/2026-01-01/count.running.ipynb")).parent.mkdir(parents=True)
-        left.write_text("of a run that was killed")
+        abandoned = Path(folder, "runs/2026-01-01/count.running.ipynb")
+        abandoned.parent.mkdir(parents=True)
+        abandoned.write_text("of a run that was killed")
         broken = failure(
             folder,
             "print('so far')",
@@ -159,16 +165,17 @@ def test_and_when_it_goes_wrong():
             "deep()",
             webhook="http://127.0.0.1:9/nobody",
         )
-        print(broken.error)
-        assert left.with_name("count.killed.ipynb").exists() and not left.exists()
-        kept = Path(broken.file).read_text()
-        assert "so far" in kept and "deep()" in kept and "Traceback" in kept
+        assert broken.error == "ValueError: no such weights"
+        assert abandoned.with_name("count.killed.ipynb").exists() and not abandoned.exists()
+        report = Path(broken.file).read_text()
+        assert "so far" in report and "deep()" in report and "Traceback" in report
         hangs = failure(folder, "import time", "time.sleep(600)", cell_limit=1)
-        print(hangs.error)
+        assert "CellTimeoutError" in hangs.error
         slow = failure(folder, "import time", "time.sleep(600)", limit=3)
-        print(slow.error)
+        assert slow.error == "took longer than its limit of 3 s"
         assert nbformat.read(slow.file, 4).cells[0].source == "**Failed**: took longer than its limit of 3 s"
-        orphan = failure(folder, "import os", "os.kill(os.getppid(), 9)")
-        print(orphan.error)
+        killed = failure(folder, "import os", "os.kill(os.getppid(), 9)")
+        assert killed.error == "was ended by signal 9"
+        print(*(result.error for result in (broken, hangs, slow, killed)), sep="\n")
         with run_lock(Path(folder, "runs/count.lock"), 1):
-            print(refusal(run_notebook, Path(folder, "count.ipynb"), folder, patience=0.2).partition(", since")[0])
+            refused("count is already running, since", run_notebook, Path(folder, "count.ipynb"), folder, patience=0.2)

@@ -36,7 +36,7 @@ asks = "retrain"
 
 
 def timetable(folder, text=TIMETABLE):
-    "A folder as `scheduled/` is, with notebooks of one parameter."
+    "Write a timetable, and notebooks with one parameter beside it."
     for name in ("etl", "train", "evaluate", "monitor"):
         cell = new_code_cell("steps = 2", metadata={"tags": ["parameters"]})
         Path(folder, f"{name}.ipynb").write_text(writes(new_notebook(cells=[cell])))
@@ -45,42 +45,48 @@ def timetable(folder, text=TIMETABLE):
     return path
 
 
-def refusal(folder, text):
-    "The message with which a timetable is refused, without folders."
+def refused(message, folder, text):
+    "Assert that a timetable is refused with this message, and print it without folders."
     try:
         read_timetable(timetable(folder, text))
     except TimetableError as error:
-        return str(error).replace(f"{folder}/", "")
-    raise AssertionError("that should have been refused")
+        assert message in str(error), error
+        print(str(error).replace(f"{folder}/", ""))
+    else:
+        raise AssertionError(f"no TimetableError: {message}")
 
 
-def test_what_runs_when():
+def test_the_rows_of_the_timetable():
     # jobs/02_timetable.ipynb #rows-lesson
     with tempfile.TemporaryDirectory() as folder:
         for row in read_timetable(timetable(folder)).values():
             print(f"{row.name:9} {row.trigger}  {[n.stem for n in row.notebooks]} {row.parameters}")
-        print(refusal(folder, TIMETABLE.replace("weeks", "fortnights")))
-        print(refusal(folder, TIMETABLE.replace("steps", "stepz")))
-        print(refusal(folder, TIMETABLE.replace('"retrain"', '"weekly"')))
-        print(refusal(folder, TIMETABLE.replace("beside", "nearby")))
-        for text in (TIMETABLE.replace('"etl"', '"sweep"'), TIMETABLE.replace("begins", "# begins"), "cron"):
-            assert refusal(folder, text)
+        for message, text in (
+            ("retrain: IntervalTrigger.__init__() got an unexpected keyword", TIMETABLE.replace("weeks", "fortnights")),
+            ("train.ipynb has no parameter 'stepz'", TIMETABLE.replace("steps", "stepz")),
+            ("monitor: it asks for 'weekly', which is not a row", TIMETABLE.replace('"retrain"', '"weekly"')),
+            ("unexpected keyword argument 'nearby'", TIMETABLE.replace("beside", "nearby")),
+            ("there is no notebook", TIMETABLE.replace('"etl"', '"sweep"')),
+            ("retrain: either `every` and `begins`, or `cron`", TIMETABLE.replace("begins", "# begins")),
+            ("timetable.toml: ", "cron"),
+        ):
+            refused(message, folder, text)
 
 
-def test_one_row():
-    from srsys.jobs.timetable import _mark, run_row
+def test_running_a_row():
+    from srsys.jobs.timetable import _running_marker, run_row
 
     # jobs/02_timetable.ipynb #run-row-lesson
-    def ran(notebook, home, given, *args, **options):
-        "In place of `jobs.run`, which has a notebook of its own."
-        assert _mark(home, "retrain").exists()
-        done.append((notebook.stem, given))
+    def record_run(notebook, home, given, *args, **options):
+        "Takes the place of `runner.run_notebook`."
+        assert _running_marker(home, "retrain").exists()
+        runs.append((notebook.stem, given))
         return runner.RunResult(notebook.stem, "done", 1.0, "", facts={notebook.stem: "done"})
 
-    done = []
-    with tempfile.TemporaryDirectory() as folder, mock.patch("srsys.jobs.runner.run_notebook", ran):
+    runs = []
+    with tempfile.TemporaryDirectory() as folder, mock.patch("srsys.jobs.runner.run_notebook", record_run):
         print(run_row("retrain", str(timetable(folder)), folder))
-        assert done == [("etl", {}), ("train", {"steps": 2000})] and not list(Path(folder).glob("runs/*.row"))
+        assert runs == [("etl", {}), ("train", {"steps": 2000})] and not list(Path(folder).glob("runs/*.row"))
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch("srsys.jobs.runner.run_notebook", side_effect=runner.JobError("no")) as tried,
@@ -89,14 +95,16 @@ def test_one_row():
             run_row("retrain", str(timetable(folder)), folder)
         except runner.JobError:
             assert tried.call_count == 1 and not list(Path(folder).glob("runs/*.row"))
+        else:
+            raise AssertionError("the error was lost")
 
 
-def test_a_year_in_a_few_seconds():
+def test_a_simulated_year():
     from srsys.jobs.timetable import start_scheduler
 
     # jobs/02_timetable.ipynb #year-lesson
-    class Leaping(BaseScheduler):
-        "A scheduler that never waits: whoever holds it moves the clock."
+    class SteppedScheduler(BaseScheduler):
+        "A scheduler that never waits: the lesson moves the clock."
 
         def wakeup(self):
             pass
@@ -111,21 +119,21 @@ def test_a_year_in_a_few_seconds():
         def now(cls, tz=None):
             return cls.time.astimezone(tz)
 
-    def live(folder, path, until, log):
-        "Keep a timetable until a day; then the machine is switched off."
-        scheduler = Leaping(
+    def simulate(folder, path, until, log):
+        "Run a timetable until a day; then the machine is switched off."
+
+        def record_run(notebook, *args, **options):
+            log.append((notebook.stem, Clock.time))
+            return runner.RunResult("", "done", 0.0, "")
+
+        scheduler = SteppedScheduler(
             jobstores={"default": SQLAlchemyJobStore(f"sqlite:///{folder}/schedule.db")},
             executors={"default": DebugExecutor(), "beside": DebugExecutor()},
             timezone=UTC,
         )
         with (
             mock.patch("apscheduler.schedulers.base.datetime", Clock),
-            mock.patch(
-                "srsys.jobs.runner.run_notebook",
-                lambda notebook, *args, **options: (
-                    log.append((notebook.stem, Clock.time)) or runner.RunResult("", "done", 0.0, "")
-                ),
-            ),
+            mock.patch("srsys.jobs.runner.run_notebook", record_run),
         ):
             start_scheduler(scheduler, path, Path(folder))
             while Clock.time < until:
@@ -134,23 +142,25 @@ def test_a_year_in_a_few_seconds():
             scheduler.shutdown()
 
     log = []
+    switched_off, switched_on = datetime(2026, 9, 1, tzinfo=UTC), datetime(2026, 10, 1, 9, tzinfo=UTC)
     with tempfile.TemporaryDirectory() as folder:
         path = timetable(folder, TIMETABLE.partition("[monitor]")[0])
-        live(folder, path, datetime(2026, 4, 1, 12, tzinfo=UTC), log)  # restarted now and then
-        live(folder, path, datetime(2026, 9, 1, tzinfo=UTC), log)
-        Clock.time = datetime(2026, 10, 1, 9, tzinfo=UTC)  # a month off
-        live(folder, path, datetime(2027, 1, 1, tzinfo=UTC), log)
+        simulate(folder, path, datetime(2026, 4, 1, 12, tzinfo=UTC), log)  # a restart
+        simulate(folder, path, switched_off, log)
+        Clock.time = switched_on
+        simulate(folder, path, datetime(2027, 1, 1, tzinfo=UTC), log)
     due = [datetime(2026, 1, 5, 2, tzinfo=UTC) + timedelta(weeks=2 * i) for i in range(26)]
-    off = [d for d in due if datetime(2026, 9, 1, tzinfo=UTC) <= d < datetime(2026, 10, 1, 9, tzinfo=UTC)]
+    missed = [at for at in due if switched_off <= at < switched_on]
     trained = [at for name, at in log if name == "train"]
-    print(f"{len(due)} retrainings in the year, {len(off)} fell into the month off, {len(trained)} were made")
-    assert len(off) == 2 and len(trained) == len(due) - len(off) + 1  # one catch-up for all that was missed
+    print(
+        f"{len(due)} retrainings were due in the year, {len(missed)} of them in the month off, {len(trained)} were run"
+    )
+    assert len(missed) == 2 and len(trained) == len(due) - len(missed) + 1  # one run for all that were missed
     late = [at for at in trained if min(abs(at - d) for d in due) > timedelta(seconds=5)]
-    assert [f"{at:%d %B}" for at in late] == ["01 October"] and len({f"{at:%d %B}" for at in trained}) == len(
-        trained
-    )  # none doubled
-    nights = {at.date() for name, at in log if name == "evaluate"}
-    assert len(nights) == len([n for n, _ in log if n == "evaluate"]) == 365 - 30
+    assert [f"{at:%d %B}" for at in late] == ["01 October"]
+    assert len({f"{at:%d %B}" for at in trained}) == len(trained)  # none ran twice
+    evaluations = [at.date() for name, at in log if name == "evaluate"]
+    assert len(set(evaluations)) == len(evaluations) == 365 - 30
 
     # jobs/02_timetable.ipynb #year-picture
     _, axes = plt.subplots(figsize=(8, 1.3), dpi=80)
@@ -162,29 +172,31 @@ def test_a_year_in_a_few_seconds():
 
 
 def test_the_process():
-    from srsys.jobs.timetable import _mark, running_scheduler
+    from srsys.jobs.timetable import _running_marker, running_scheduler
 
     # jobs/02_timetable.ipynb #schedule-lesson
-    said, seen = [], threading.Event()
+    lines, retrained = [], threading.Event()
 
     def note(line):
-        said.append(line)
+        lines.append(line)
         if line.startswith("retrain"):
-            seen.set()
+            retrained.set()
 
-    def asking(notebook, *args, **options):
+    def monitor_asks(notebook, *args, **options):
         return runner.RunResult(notebook.stem, "done", 0.0, "", facts={"retrain": notebook.stem == "monitor"})
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch("srsys.jobs.runner.run_notebook", asking):
+    with tempfile.TemporaryDirectory() as folder, mock.patch("srsys.jobs.runner.run_notebook", monitor_asks):
         path, home = timetable(folder), Path(folder, "home")
-        _mark(home, "monitor").parent.mkdir(parents=True)
-        _mark(home, "monitor").touch()  # it was cut off, so it runs now; and it finds that a retraining is wanted
-        with running_scheduler(path, home, say=note) as due:
+        _running_marker(home, "monitor").parent.mkdir(parents=True)
+        _running_marker(home, "monitor").touch()  # `monitor` was interrupted, so it runs now, and asks for `retrain`
+        with running_scheduler(path, home, report=note) as due:
             print(", ".join(due))
-            assert seen.wait(120)
+            assert retrained.wait(120)
             try:
                 with running_scheduler(path, home):
                     pass
             except TimetableError as error:
-                print(str(error).partition(", since")[0])
-        assert {"monitor: done", "retrain: done"} <= set(said)
+                assert "schedule is already running" in str(error)
+            else:
+                raise AssertionError("two schedulers run the same timetable")
+        assert {"monitor: done", "retrain: done"} <= set(lines)

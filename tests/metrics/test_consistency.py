@@ -4,19 +4,9 @@ from skimage import data
 
 from srsys import image
 from srsys.degrade.resize import imresize
-from srsys.serve.admission import as_request_error
 
 # metrics/03_consistency.ipynb #lesson-objects
 PHOTO = data.astronaut()[:96, 160:320].copy()
-
-
-def status(do, *args):
-    "Status and text of the refusal."
-    try:
-        do(*args)
-    except Exception as error:
-        return as_request_error(error).status, str(error)
-    raise AssertionError("that should have been refused")
 
 
 def test_does_the_result_still_show_the_input():
@@ -26,9 +16,9 @@ def test_does_the_result_still_show_the_input():
     def consistency(small, large):
         measure = Consistency(image.Picture(small).header, large.shape[1], large.shape[0])
         for row in small:
-            measure.saw(row[None])
+            measure.add_input(row[None])
         for start in range(0, len(large), 7):
-            measure.made(large[start : start + 7])
+            measure.add_result(large[start : start + 7])
         return measure.db
 
     assert consistency(PHOTO, PHOTO) == 99

@@ -9,95 +9,85 @@ from srsys.degrade.resize import imresize
 from srsys.image import Picture, encode_picture
 
 # metrics/02_measures.ipynb #lesson-pictures
-PHOTOS = [getattr(data, name)()[:300, :450] for name in ("astronaut", "chelsea", "coffee", "rocket")]
 CAT = data.chelsea()
-DAY = 86_400.0
 
 
-def test_the_quality_of_a_jpeg_is_written_in_it():
+def test_the_quality_of_a_jpeg_from_its_tables():
     from srsys.metrics.measures import jpeg_quality
 
     # metrics/02_measures.ipynb #lesson-quality
-    for quality in (5, 30, 50, 75, 95, 100):
-        assert (
-            jpeg_quality(encode_picture(Picture(CAT), "jpeg", quality)) == quality
-        )  # libvips through mozjpeg or libjpeg-turbo: the same tables
-    assert (
-        jpeg_quality(encode_picture(Picture(CAT), "png")) is None
-        and jpeg_quality(b"no picture") is None
-        and jpeg_quality("nowhere.jpg") is None
-    )
+    for quality in (5, 30, 50, 75, 95, 100):  # libvips uses mozjpeg or libjpeg-turbo, which have the same tables
+        assert jpeg_quality(encode_picture(Picture(CAT), "jpeg", quality)) == quality
+    assert jpeg_quality(encode_picture(Picture(CAT), "png")) is None
+    assert jpeg_quality(b"no picture") is None
+    assert jpeg_quality("nowhere.jpg") is None
 
 
-def test_what_comes_in():
+def test_measures_of_the_input():
     from srsys.metrics.measures import measure_input
 
     # metrics/02_measures.ipynb #lesson-in
     rng = np.random.default_rng(0)
     noisy = np.clip(CAT + rng.normal(0, 10, CAT.shape[:2])[..., None] + 0.5, 0, 255).astype(np.uint8)
     soft = np.stack([ndimage.gaussian_filter(CAT[..., i], 2) for i in range(3)], 2)
+    bright = np.minimum(CAT.astype(int) * 3, 255).astype(np.uint8)
+    grey_alpha = np.dstack([CAT[..., :1], CAT[..., 1:2]])
     rows = {
-        name: measure_input(Picture(p))
-        for name, p in (
+        name: measure_input(Picture(pixels))
+        for name, pixels in (
             ("the cat", CAT),
             ("with noise of 10", noisy),
             ("out of focus", soft),
-            ("too bright", np.minimum(CAT.astype(int) * 3, 255).astype(np.uint8)),
-            ("a drawing", np.dstack([CAT[..., :1], CAT[..., 1:2]])),
+            ("too bright", bright),
+            ("a drawing", grey_alpha),
         )
     }
     for name, row in rows.items():
         print(f"{name:17}", ", ".join(f"{k} {v:.3g}" for k, v in row.items()))
-    assert (
-        abs(rows["with noise of 10"]["noise"] - 10) < 2
-        and rows["the cat"]["noise"] < 4
-        and rows["out of focus"]["sharpness"] < 0.6 * rows["the cat"]["sharpness"]
-    )
-    assert (
-        rows["too bright"]["clipped"] > 0.02 > rows["the cat"]["clipped"]
-        and (rows["a drawing"]["grey"], rows["a drawing"]["alpha"]) == (1, 1)
-        and rows["the cat"]["grey"] == 0
-    )
+    assert abs(rows["with noise of 10"]["noise"] - 10) < 2 and rows["the cat"]["noise"] < 4
+    assert rows["out of focus"]["sharpness"] < 0.6 * rows["the cat"]["sharpness"]
+    assert rows["too bright"]["clipped"] > 0.02 > rows["the cat"]["clipped"]
+    assert (rows["a drawing"]["grey"], rows["a drawing"]["alpha"]) == (1, 1) and rows["the cat"]["grey"] == 0
+    assert measure_input(Picture(np.repeat(CAT[..., :1], 3, 2)))["grey"] == 1, "RGB with equal channels is grey"
     deep = measure_input(Picture(CAT.astype(np.uint16) * 257), 80)
     assert deep["quality"] == 80 and abs(deep["noise"] - rows["the cat"]["noise"]) < 0.01
     assert measure_input(Picture(CAT[:64]), header=Picture(CAT).header)["megapixels"] == rows["the cat"]["megapixels"]
 
 
-def test_what_goes_out():
+def test_measures_of_the_result():
     from srsys.metrics.measures import OutputMeter, measure_output, round_trip
 
     # metrics/02_measures.ipynb #lesson-out
     small, scale = np.ascontiguousarray(CAT[:200, :240]), 3
     large = imresize(small, scale)
-    assert (
-        np.abs(imresize(large, 1 / scale)[..., 0] - round_trip(small[..., 0], scale)).max() < 2
-    )  # the rounding, twice
+    rounded_twice = imresize(large, 1 / scale)[..., 0]
+    assert np.abs(rounded_twice - round_trip(small[..., 0], scale)).max() < 2
 
-    def row(result):
+    def measure(result):
         return measure_output(small, imresize(result, 1 / scale), scale)
 
-    def corner(result, change):
+    def change_corner(result, change):
         changed = result.astype(int)
         changed[60:180, 60:180] += change
         return np.clip(changed, 0, 255).astype(np.uint8)
 
+    texture = np.random.default_rng(0).normal(0, 20, (120, 120, 1)).astype(int)
     rows = {
-        "bicubic": row(large),
-        "one level redder": row(np.minimum(large + [1, 0, 0], 255).astype(np.uint8)),
-        "a dark spot": row(corner(large, -20)),
-        "fine texture": row(corner(large, np.random.default_rng(0).normal(0, 20, (120, 120, 1)).astype(int))),
+        "bicubic": measure(large),
+        "one level redder": measure(np.minimum(large + [1, 0, 0], 255).astype(np.uint8)),
+        "a dark spot": measure(change_corner(large, -20)),
+        "fine texture": measure(change_corner(large, texture)),
     }
-    for name, r in rows.items():
-        print(f"{name:17}", ", ".join(f"{k} {v:.3g}" for k, v in r.items()))
+    for name, row in rows.items():
+        print(f"{name:17}", ", ".join(f"{k} {v:.3g}" for k, v in row.items()))
     assert abs(rows["bicubic"]["over_bicubic_db"]) < 1 and rows["one level redder"]["colour_shift"] > 0.9
     assert rows["a dark spot"]["worst_tiles_db"] < -10 < rows["a dark spot"]["over_bicubic_db"]
-    bands = OutputMeter(scale)
-    for at in range(0, 200, 30):
-        bands.add(small[at : at + 30], imresize(corner(large, -20), 1 / scale)[at : at + 30])
-    for name, value in bands.values().items():
+    dark_small = imresize(change_corner(large, -20), 1 / scale)
+    in_bands = OutputMeter(scale)
+    for y in range(0, 200, 30):
+        in_bands.add(small[y : y + 30], dark_small[y : y + 30])
+    for name, value in in_bands.values().items():
         assert abs(value - rows["a dark spot"][name]) < 0.2
     deep = measure_output(small.astype(np.uint16) * 257, imresize(large, 1 / scale).astype(np.uint16) * 257, scale)
-    assert (
-        abs(deep["consistency_db"] - rows["bicubic"]["consistency_db"]) < 0.01
-        and measure_output(small[:9, :7], small[:9, :7], 2.5)["over_bicubic_db"] > 0
-    )
+    assert abs(deep["consistency_db"] - rows["bicubic"]["consistency_db"]) < 0.01
+    assert measure_output(small[:9, :7], small[:9, :7], 2.5)["over_bicubic_db"] > 0

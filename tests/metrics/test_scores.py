@@ -30,18 +30,18 @@ def test_psnr():
     assert psnr(cat, framed) < 30 and psnr(cat, framed, shave=4) == float("inf"), "shaving leaves out the border"
 
     # metrics/01_scores.ipynb #lesson-psnr-errors
-    for a, b, options in [
-        (cat, cat[:9], {}),
-        (cat / 255, cat / 255, {}),
-        (cat, cat, dict(channel="u")),
-        (cat, cat, dict(shave=150)),
-    ]:
+    def refusal(score, *args, **options):
+        "The message of the `ValueError` that a score raises."
         try:
-            psnr(a, b, **options)
-        except ValueError as e:
-            print(e)
-        else:
-            raise AssertionError("should have refused")
+            score(*args, **options)
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("should have been refused")
+
+    assert "different shape" in refusal(psnr, cat, cat[:9])
+    assert refusal(psnr, cat / 255, cat / 255) == "scores are defined on 8-bit pictures, not float64 and float64"
+    assert refusal(psnr, cat, cat, channel="u") == 'channel is "y" or "rgb", not \'u\''
+    assert refusal(psnr, cat, cat, shave=150) == "nothing is left of 451×300 when 150 pixels are shaved off each side"
 
 
 def test_ssim():
@@ -52,8 +52,10 @@ def test_ssim():
     assert ssim(cat, noisy, channel="rgb") < ssim(cat, noisy), "colour noise hides in luma"
     try:
         ssim(cat[:12, :12], cat[:12, :12], shave=1)
-    except ValueError as e:
-        print(e)
+    except ValueError as error:
+        assert str(error) == "SSIM needs at least 11×11 pixels after shaving, not 10×10"
+    else:
+        raise AssertionError("should have been refused")
 
 
 def test_the_report():
@@ -63,9 +65,9 @@ def test_the_report():
     assert pictures_digest(["a", "b"]) == pictures_digest(["b", "a"]) != pictures_digest(["a"])
 
     # metrics/01_scores.ipynb #lesson-report
-    each = [score_pair(p, cat, shave=2) for p in (noisy, off_by_one)]
-    mean = mean_scores(each)
-    assert mean.psnr_y == (each[0].psnr_y + each[1].psnr_y) / 2
+    of_pictures = [score_pair(p, cat, shave=2) for p in (noisy, off_by_one)]
+    mean = mean_scores(of_pictures)
+    assert mean.psnr_y == (of_pictures[0].psnr_y + of_pictures[1].psnr_y) / 2
     report = Report("demo", "0" * 64, "cats", "0" * 64, 2, "bicubic", 2, "float32", 2, mean, mean, [])
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     print(json.dumps(report.to_dict()["mean"]))

@@ -10,41 +10,34 @@ import matplotlib.pyplot as plt
 import promql_parser
 from prometheus_client import generate_latest
 
-from srsys.monitor.telemetry import JobMetricsCollector, Metrics
+from srsys.monitor.telemetry import JobMetrics, JobMetricsCollector, Metrics, Panel
 
 
-def test_a_panel():
-    from srsys.monitor.dashboards import Panel, render_panel
+def test_a_panel_in_grafana_s_json():
+    from srsys.monitor.dashboards import render_panel
 
     # monitor/04_dashboards.ipynb #lesson-panel
-    waiting = Panel("Waiting", "percentunit", {"{{instance}}": "srsys_queue_depth / srsys_queue_capacity"}, limit=0.8)
-    shown = render_panel(waiting, 1, 0, 0)
-    print(json.dumps(shown["fieldConfig"]["defaults"], indent=1))
-    assert (
-        shown["datasource"]["uid"] == "${datasource}" and shown["targets"][0]["expr"] == waiting.queries["{{instance}}"]
-    )
-    assert [
-        step["color"]
-        for step in render_panel(Panel("Up", "short", {"": "up"}, "stat", least=1), 1, 0, 0)["fieldConfig"]["defaults"][
-            "thresholds"
-        ]["steps"]
-    ] == ["red", "green"]
+    queue = Panel("Queue", "percentunit", {"{{instance}}": "srsys_queue_depth / srsys_queue_capacity"}, red_above=0.8)
+    rendered = render_panel(queue, 1, 0, 0)
+    print(json.dumps(rendered["fieldConfig"]["defaults"], indent=1))
+    assert rendered["datasource"]["uid"] == "${datasource}"
+    assert rendered["targets"][0]["expr"] == queue.queries["{{instance}}"]
+    up = render_panel(Panel("Up", "short", {"": "up"}, "stat", red_below=1), 1, 0, 0)
+    assert [step["color"] for step in up["fieldConfig"]["defaults"]["thresholds"]["steps"]] == ["red", "green"]
 
 
 def test_a_dashboard():
-    from srsys.monitor.dashboards import Panel, render_dashboard
+    from srsys.monitor.dashboards import render_dashboard
 
     # monitor/04_dashboards.ipynb #lesson-dashboard
-    waiting = Panel("Waiting", "percentunit", {"{{instance}}": "srsys_queue_depth / srsys_queue_capacity"})
-    small = render_dashboard(
-        "srsys-lesson", "A lesson", {"Now": [waiting, waiting, waiting, waiting], "Later": [waiting]}
-    )
-    places = [(p["title"], *p["gridPos"].values()) for p in small["panels"]]
-    print(*places, sep="\n")
-    assert places[4] == ("Waiting", 0, 8, 8, 7)  # the fourth of a row that holds three
+    queue = Panel("Queue", "percentunit", {"{{instance}}": "srsys_queue_depth / srsys_queue_capacity"})
+    small = render_dashboard("srsys-lesson", "A lesson", {"Now": [queue, queue, queue, queue], "Later": [queue]})
+    positions = [(p["title"], *p["gridPos"].values()) for p in small["panels"]]
+    print(*positions, sep="\n")
+    assert positions[4] == ("Queue", 0, 8, 8, 7)  # the fourth panel does not fit beside the first three
 
 
-def test_the_models():
+def test_the_models_dashboard():
     from srsys.monitor.dashboards import MODELS, SERVICE, render_dashboard
 
     # monitor/04_dashboards.ipynb #lesson-sketch
@@ -77,11 +70,19 @@ def test_the_models():
         axis.set(title=title, xlim=(0, 24), ylim=(44, 0))
         axis.axis("off")
     plt.tight_layout()
-    assert sum(len(row) for row in [*SERVICE.values(), *MODELS.values()]) == 26
+    declared = [
+        panel
+        for metric in [*Metrics.declared(), *JobMetrics.declared()]
+        for row in metric.panels.values()
+        for panel in row
+    ]
+    drawn = [panel for row in [*SERVICE.values(), *MODELS.values()] for panel in row]
+    assert all(panel in drawn for panel in declared), "a metric names a row that no dashboard has"
+    assert len(drawn) == 26
 
 
-def test_what_a_dashboard_may_not_get_wrong():
-    from srsys.monitor.dashboards import Panel, render_dashboard, write_dashboards
+def test_checking_the_dashboards():
+    from srsys.monitor.dashboards import render_dashboard, write_dashboards
 
     # monitor/04_dashboards.ipynb #lesson-lint
     MONITORING = (
@@ -96,41 +97,43 @@ def test_what_a_dashboard_may_not_get_wrong():
         {"up"} | recorded | families | {f"{name}_{part}" for name in families for part in ("bucket", "sum", "count")}
     )
 
+    def metrics_in(expression: str) -> list[str]:
+        "The names of the metrics in a PromQL expression. Raises ValueError if it cannot be parsed."
+        names = []
+
+        def visit(node):
+            if isinstance(node, promql_parser.VectorSelector):
+                names.append(node.name)
+
+        promql_parser.walk(promql_parser.parse(expression.replace("$__rate_interval", "5m")), visit)
+        return names
+
     def lint(dashboard: dict, known: set[str]) -> list[str]:
-        "What is wrong with a dashboard, a line each."
+        "The problems of a dashboard, a line each."
         panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
-        wrong = [
-            f"two panels are called {title}"
-            for title in {p["title"] for p in panels if sum(q["title"] == p["title"] for q in panels) > 1}
-        ]
+        titles = [panel["title"] for panel in panels]
+        problems = [f"two panels are called {title}" for title in set(titles) if titles.count(title) > 1]
         for panel in panels:
             if not panel["fieldConfig"]["defaults"]["unit"]:
-                wrong.append(f"{panel['title']}: no unit")
+                problems.append(f"{panel['title']}: no unit")
             for target in panel["targets"]:
                 try:
-                    expression = promql_parser.parse(target["expr"].replace("$__rate_interval", "5m"))
+                    unknown = [name for name in metrics_in(target["expr"]) if name not in known]
                 except ValueError as error:
-                    wrong.append(f"{panel['title']}: {error}")
-                    continue
-                found = []
-                promql_parser.walk(
-                    expression,
-                    lambda node, found=found: (
-                        found.append(node.name) if isinstance(node, promql_parser.VectorSelector) else None
-                    ),
-                )
-                wrong += [f"{panel['title']}: there is no metric {name}" for name in found if name not in known]
-        return wrong
+                    problems.append(f"{panel['title']}: {error}")
+                else:
+                    problems += [f"{panel['title']}: there is no metric {name}" for name in unknown]
+        return problems
 
     def read(paths) -> dict[str, dict]:
         return {path.name: json.loads(path.read_text()) for path in paths}
 
     with tempfile.TemporaryDirectory() as folder:
-        made = read(write_dashboards(Path(folder)))
-    assert [problem for dashboard in made.values() for problem in lint(dashboard, KNOWN)] == []
-    print({name: f"{len(dashboard['panels'])} panels and rows" for name, dashboard in made.items()})
-    assert made == read((MONITORING / "grafana/dashboards").glob("*.json")), (
-        "the dashboards in docker/monitoring are not those of the notebook: make export"
+        generated = read(write_dashboards(Path(folder)))
+    assert [problem for dashboard in generated.values() for problem in lint(dashboard, KNOWN)] == []
+    print({name: f"{len(dashboard['panels'])} panels and rows" for name, dashboard in generated.items()})
+    assert generated == read((MONITORING / "grafana/dashboards").glob("*.json")), (
+        "the dashboards in docker/monitoring are stale: make export"
     )
 
     # monitor/04_dashboards.ipynb #lesson-lint-fails
@@ -139,5 +142,8 @@ def test_what_a_dashboard_may_not_get_wrong():
         Panel("B", "short", {"": "srsys_pictures_total"}),
         Panel("B", "short", {"": "up"}),
     ]
-    print(*lint(render_dashboard("x", "Wrong", {"Row": mistakes}), KNOWN), sep="\n")
-    assert len(lint(render_dashboard("x", "Wrong", {"Row": mistakes}), KNOWN)) == 4
+    problems = lint(render_dashboard("x", "Wrong", {"Row": mistakes}), KNOWN)
+    print(*problems, sep="\n")
+    assert len(problems) == 4
+    for expected in ("two panels are called B", "A: no unit", "B: there is no metric srsys_pictures_total"):
+        assert expected in problems

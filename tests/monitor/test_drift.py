@@ -20,52 +20,44 @@ CAT = data.chelsea()
 DAY = 86_400.0
 
 
-def test_kept():
+def test_the_measurement_log():
     from srsys.monitor.drift import MeasureLog
 
     # monitor/02_drift.ipynb #lesson-log
     with tempfile.TemporaryDirectory() as folder:
-        log, other = (
-            MeasureLog(f"{folder}/home/monitor.db"),
-            MeasureLog(f"{folder}/home/monitor.db"),
-        )  # as another process would
-        threads = [
-            threading.Thread(
-                target=lambda n=n: [log.append({"noise": n, "luma": 100.0}, "srsys-fast-x4/1", at=n) for _ in range(50)]
-            )
-            for n in range(4)
-        ]
-        for t in threads:
-            t.start()
+        log = MeasureLog(f"{folder}/home/monitor.db")
+        other = MeasureLog(f"{folder}/home/monitor.db")  # as in another process
+
+        def append_fifty(at):
+            for _ in range(50):
+                log.append({"noise": at, "luma": 100.0}, "srsys-fast-x4/1", at=at)
+
+        threads = [threading.Thread(target=append_fifty, args=(at,)) for at in range(4)]
+        for thread in threads:
+            thread.start()
         other.append(measure_input(Picture(CAT), 80) | measure_output(CAT, CAT, 2), "srsys-photo-x4/1", at=9)
-        for t in threads:
-            t.join()
+        for thread in threads:
+            thread.join()
         found = log.window()
         print({name: len(values) for name, values in found.items()})
-        assert (
-            len(found["noise"]) == 201
-            and len(found["quality"]) == len(found["over_bicubic_db"]) == 1
-            and found["quality"][0] == 80
-        )
-        assert (
-            len(log.window(1, 3)["noise"]) == 100
-            and len(log.window(model="srsys-photo-x4/1")["noise"]) == 1
-            and len(log.window(50)["luma"]) == 0
-        )
+        assert len(found["noise"]) == 201
+        assert len(found["over_bicubic_db"]) == 1 and list(found["quality"]) == [80]
+        assert len(log.window(1, 3)["noise"]) == 100 and len(log.window(50)["luma"]) == 0
+        assert len(log.window(model="srsys-photo-x4/1")["noise"]) == 1
         assert log.forget(3) == 150 and len(other.window()["noise"]) == 51
         try:
             log.append({"beauty": 1.0})
         except ValueError as e:
-            print(e)
+            assert str(e) == "not features: beauty"
         else:
-            raise AssertionError
-        log._db.execute("PRAGMA query_only=1")  # as good as a full disk
+            raise AssertionError("an unknown feature was accepted")
+        log._db.execute("PRAGMA query_only=1")  # has the effect of a full disk
         assert log.append({"noise": 1.0}) is False
-        for l in (log, other):
-            l.close()
+        log.close()
+        other.close()
 
 
-def test_other_pictures_than_before():
+def test_testing_for_drift():
     from srsys.monitor.drift import compare_features, holm_correction
 
     # monitor/02_drift.ipynb #lesson-drift
@@ -79,26 +71,22 @@ def test_other_pictures_than_before():
         }
 
     reference = pictures(2000)
-    for what, window in (
-        ("the same", pictures(1000)),
-        ("a little brighter", pictures(20_000, luma=114)),
-        ("noisier", pictures(1000, noise=3.0)),
-        ("noisier, a quiet day", pictures(150, noise=3.0)),
+    found = {}
+    for name, window, expected in (
+        ("the same", pictures(1000), [False, False, False]),
+        ("a little brighter", pictures(20_000, luma=114), [False, False, False]),
+        ("noisier", pictures(1000, noise=3.0), [True, False, False]),
+        ("noisier, a quiet day", pictures(150, noise=3.0), [None, None, None]),
     ):
-        found = compare_features(reference, window)
-        print(f"{what}:", *found, sep="\n  ")
-        assert [d.drifted for d in found] == {"noisier": [True, False, False], "noisier, a quiet day": [None] * 3}.get(
-            what, [False] * 3
-        )
-    assert found[0].p < 1e-6, "the test alone would have cried wolf over the quiet day"
-    assert (
-        np.allclose(holm_correction([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
-        and holm_correction([]) == []
-        and compare_features(reference, {"noise": np.array([])}) == []
-    )
+        found[name] = compare_features(reference, window)
+        print(f"{name}:", *found[name], sep="\n  ")
+        assert [d.drifted for d in found[name]] == expected
+    assert found["noisier, a quiet day"][0].p < 1e-6, "without a minimum of pictures, the quiet day would be an alarm"
+    assert np.allclose(holm_correction([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06]) and holm_correction([]) == []
+    assert compare_features(reference, {"noise": np.array([])}) == []
 
 
-def test_how_often_it_is_wrong_and_how_often_blind():
+def test_false_alarms_and_power():
     from srsys.monitor.drift import compare_features
 
     # monitor/02_drift.ipynb #lesson-power
@@ -107,26 +95,27 @@ def test_how_often_it_is_wrong_and_how_often_blind():
         p, q = (np.maximum(np.bincount(np.digitize(x, edges), minlength=bins) / len(x), 1e-3) for x in (a, b))
         return float(((p - q) * np.log(p / q)).sum())
 
-    def fires(n, moved, repeats=20):
-        "How often each rule says that something drifted, of twelve features of which the first has moved"
+    def alarm_rates(n, shift, repeats=20):
+        "How often each rule reports drift, among twelve features of which the first has moved by `shift`."
         hits = np.zeros(4)
         for _ in range(repeats):
             old = {str(i): rng.normal(size=1000) for i in range(12)}
-            days = [{k: rng.normal(moved * (k == "0"), size=n) for k in old} for _ in range(2)]
-            looks = [compare_features(old, day) for day in days]
-            first, second = ({d.feature for d in look if d.drifted} for look in looks)
-            plain = any(2 * np.exp(-2 * d.statistic**2 * n * 1000 / (n + 1000)) < 0.05 for d in looks[0])
-            hits += [bool(first & second), bool(first), plain, any(psi(old[k], days[0][k]) > 0.1 for k in old)]
+            days = [{k: rng.normal(shift * (k == "0"), size=n) for k in old} for _ in range(2)]
+            results = [compare_features(old, day) for day in days]
+            first, second = ({d.feature for d in result if d.drifted} for result in results)
+            uncorrected = any(2 * np.exp(-2 * d.statistic**2 * n * 1000 / (n + 1000)) < 0.05 for d in results[0])
+            hits += [bool(first & second), bool(first), uncorrected, any(psi(old[k], days[0][k]) > 0.1 for k in old)]
         return hits / repeats
 
     rng = np.random.default_rng(0)
-    sizes, moves = (50, 100, 200, 400, 800), (0, 0.2, 0.3, 0.4, 0.5, 0.7)
-    quiet, power = np.array([fires(n, 0) for n in sizes]), np.array([fires(400, m) for m in moves])
+    sizes, shifts = (50, 100, 200, 400, 800), (0, 0.2, 0.3, 0.4, 0.5, 0.7)
+    false_alarms = np.array([alarm_rates(n, 0) for n in sizes])
+    power = np.array([alarm_rates(400, shift) for shift in shifts])
     _, axes = plt.subplots(1, 2, figsize=(9, 3), dpi=70)
     names = ("this notebook's rule", "one window of it", "p < .05", "PSI > 0.1")
     for ax, x, y, xlabel, title in (
-        (axes[0], sizes, quiet, "pictures in a window", "nothing has changed: false alarms"),
-        (axes[1], moves, power, "one of 12 features moved by (σ)", "400 pictures: power"),
+        (axes[0], sizes, false_alarms, "pictures in a window", "nothing has changed: false alarms"),
+        (axes[1], shifts, power, "one of 12 features moved by (σ)", "400 pictures: power"),
     ):
         for curve, style in zip(y.T, ("o-", "s--", "^:", "v:"), strict=True):
             ax.plot(x, curve, style)
@@ -138,13 +127,14 @@ def test_how_often_it_is_wrong_and_how_often_blind():
     axes[0].minorticks_off()
     axes[0].legend(names, fontsize=8)
     single = np.mean([psi(rng.normal(size=1000), rng.normal(size=50)) > 0.1 for _ in range(500)])
-    print(f"PSI > 0.1 with 50 pictures of one single feature and no drift: {single:.0%} of the time")
-    assert quiet[:, 0].max() == 0 and single > 0.7 and quiet[0, 3] == 1 and power[-1, 0] > 0.95 and power[1, 0] < 0.1, (
-        "a fifth of σ is below the floor, and is meant to be"
-    )
+    print(f"PSI > 0.1 with 50 pictures of a single feature and no drift: {single:.0%} of the time")
+    assert false_alarms[:, 0].max() == 0
+    assert single > 0.7 and false_alarms[0, 3] == 1
+    assert power[-1, 0] > 0.95
+    assert power[1, 0] < 0.1, "a shift by a fifth of σ is below the threshold for D, on purpose"
 
 
-def test_two_windows_in_a_row():
+def test_two_consecutive_windows():
     from srsys.monitor.drift import MeasureLog, check_drift
 
     # monitor/02_drift.ipynb #lesson-watch
@@ -162,58 +152,51 @@ def test_two_windows_in_a_row():
         held = {day: check_drift(log, (0, 7 * DAY), day * DAY + 3600).held for day in range(8, 15)}
         print(held)
         assert held == {8: (), 9: (), 10: (), 11: (), 12: (), 13: ("noise",), 14: ("noise",)}
-        assert [d.drifted for d in check_drift(log, (0, 7 * DAY), 12 * DAY).last] == [True, False] and check_drift(
-            log, (0, 7 * DAY), 13 * DAY, model="another"
-        ).last == ()
+        assert [d.drifted for d in check_drift(log, (0, 7 * DAY), 12 * DAY).last] == [True, False]
+        assert check_drift(log, (0, 7 * DAY), 13 * DAY, model="another").last == ()
         log.close()
 
 
-def test_what_people_think():
+def test_votes():
     from srsys.monitor.drift import count_votes, wilson_interval
 
     # monitor/02_drift.ipynb #lesson-feedback
     for down, n in ((0, 0), (3, 4), (30, 40), (5, 100), (30, 100)):
-        print(
-            f"{down} of {n} down: the share is between {wilson_interval(down, n)[0]:.0%} and {wilson_interval(down, n)[1]:.0%}"
-        )
-    assert (
-        wilson_interval(3, 4)[0] < 0.31 < wilson_interval(30, 40)[0]
-        and wilson_interval(5, 100)[0] < 0.2 < wilson_interval(30, 100)[0]
-    )
+        low, high = wilson_interval(down, n)
+        print(f"{down} of {n} down: the share is between {low:.0%} and {high:.0%}")
+    assert wilson_interval(3, 4)[0] < 0.31 < wilson_interval(30, 40)[0]
+    assert wilson_interval(5, 100)[0] < 0.2 < wilson_interval(30, 100)[0]
     with tempfile.TemporaryDirectory() as folder:
-        with closing(sqlite3.connect(f"{folder}/feedback.db")) as db, db:
-            db.execute(
-                "CREATE TABLE feedback (at TEXT DEFAULT CURRENT_TIMESTAMP, request_id TEXT, vote TEXT, reason TEXT, model TEXT)"
-            )
+        path = f"{folder}/feedback.db"
+        with closing(sqlite3.connect(path)) as db, db:
+            columns = "at TEXT DEFAULT CURRENT_TIMESTAMP, request_id TEXT, vote TEXT, reason TEXT, model TEXT"
+            db.execute(f"CREATE TABLE feedback ({columns})")
             db.executemany(
                 "INSERT INTO feedback (vote, model) VALUES (?, ?)", [("down", "a"), ("up", "a"), ("down", "b")]
             )
             db.execute("INSERT INTO feedback (at, vote, model) VALUES ('2020-01-01 00:00:00', 'up', 'a')")
-        path = f"{folder}/feedback.db"
-        assert (
-            count_votes(path),
-            count_votes(path, 1.6e9),
-            count_votes(path, 0, "a"),
-            count_votes(f"{folder}/none.db"),
-        ) == ((2, 4), (2, 3), (1, 3), (0, 0))
+        assert count_votes(path) == (2, 4)
+        assert count_votes(path, start=1.6e9) == (2, 3)
+        assert count_votes(path, model="a") == (1, 3)
+        assert count_votes(f"{folder}/none.db") == (0, 0)
 
 
 def test_the_golden_set():
-    from srsys.monitor.drift import GOLDEN_REPORTS, check_golden_reports
+    from srsys.monitor.drift import GOLDEN_NOTE, check_golden_set
 
     # monitor/02_drift.ipynb #lesson-golden
     with tempfile.TemporaryDirectory() as folder:
-        few = {"cat": CAT[:60, :80], "coffee": PHOTOS[2][:60, :80]}
+        pictures = {"cat": CAT[:60, :80], "coffee": PHOTOS[2][:60, :80]}
 
         def double(picture):
             return imresize(picture, 2)
 
-        assert check_golden_reports(double, few, folder) == {} == check_golden_reports(double, few, folder)
+        assert check_golden_set(double, pictures, folder) == {}  # the first day: results are written
+        assert check_golden_set(double, pictures, folder) == {}
 
         def broken(picture):
             return np.where(np.arange(160)[:, None] == 7, 0, imresize(picture, 2)).astype(np.uint8)
 
-        print(check_golden_reports(broken, few, folder), "|", GOLDEN_REPORTS)
-        assert set(check_golden_reports(broken, few, folder)) == {"cat", "coffee"} and check_golden_reports(
-            lambda p: p, few, folder
-        ) == {"cat": 255, "coffee": 255}
+        print(check_golden_set(broken, pictures, folder), "|", GOLDEN_NOTE)
+        assert set(check_golden_set(broken, pictures, folder)) == {"cat", "coffee"}
+        assert check_golden_set(lambda p: p, pictures, folder) == {"cat": 255, "coffee": 255}

@@ -10,38 +10,38 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
 
 
-def test_what_the_operator_sees():
+def test_a_metric_is_declared_once_with_its_panels():
     from srsys.monitor.telemetry import Metrics
 
     # monitor/01_telemetry.ipynb #lesson-metrics
-    metrics = Metrics()
+    metrics, other = Metrics(), Metrics()
     metrics.requests.labels("/v1/restore", "200").inc()
-    asked = ("srsys_http_requests_total", {"route": "/v1/restore", "code": "200"})
-    assert metrics.registry.get_sample_value(*asked) == 1 and Metrics().registry.get_sample_value(*asked) == 0
-    print(
-        "\n".join(
-            line for line in generate_latest(metrics.registry).decode().splitlines() if "http_requests_total" in line
-        )
-    )
+    sample = ("srsys_http_requests_total", {"route": "/v1/restore", "code": "200"})
+    assert metrics.registry.get_sample_value(*sample) == 1 and other.registry.get_sample_value(*sample) == 0
+    assert metrics.registry.get_sample_value("srsys_shed_requests_total", {"reason": "full"}) == 0  # starts at zero
+    assert Metrics.requests.full_name == "srsys_http_requests" and "Requests" in Metrics.requests.panels
+    page = generate_latest(metrics.registry).decode()
+    print("\n".join(line for line in page.splitlines() if "http_requests_total" in line))
 
 
-def test_what_scheduled_jobs_leave_behind():
+def test_metrics_of_scheduled_jobs():
     from srsys.monitor.telemetry import JobMetricsCollector, write_job_metrics
 
     # monitor/01_telemetry.ipynb #lesson-jobs
     with tempfile.TemporaryDirectory() as folder:
-        left = Path(folder, "metrics")
-        write_job_metrics(left, "etl", at=1e9)
-        print(write_job_metrics(left, "monitor", {"noise": 0.21, "luma": 0.04}, at=2e9).read_text())
-        (left / "train.prom").write_text("srsys_job_last_success_timestamp_seconds{job=")  # somebody's disk was full
+        files = Path(folder, "metrics")
+        write_job_metrics(files, "etl", at=1e9)
+        print(write_job_metrics(files, "monitor", {"noise": 0.21, "luma": 0.04}, at=2e9).read_text())
+        (files / "train.prom").write_text(
+            "srsys_job_last_success_timestamp_seconds{job="
+        )  # incomplete: the disk was full
         registry = CollectorRegistry()
-        registry.register(JobMetricsCollector(left))
+        registry.register(JobMetricsCollector(files))
         page = generate_latest(registry).decode()
     assert page.count("# TYPE srsys_job_last_success_timestamp_seconds gauge") == 1
-    assert (
-        registry.get_sample_value("srsys_drift_statistic", {"feature": "noise"}) is None
-    )  # the folder is gone, and the page still answers
     assert 'seconds{job="etl"} 1e+09' in page and 'statistic{feature="noise"} 0.21' in page and "train" not in page
+    # the folder is gone now, and the page still works
+    assert registry.get_sample_value("srsys_drift_statistic", {"feature": "noise"}) is None
 
 
 def test_alerts_that_ask_for_retraining():
@@ -49,16 +49,16 @@ def test_alerts_that_ask_for_retraining():
 
     # monitor/01_telemetry.ipynb #lesson-alerts
     def post(app, body: bytes, method: str = "POST", path: str = "/alerts") -> str:
-        "The status of an answer."
-        said = []
+        "Send a request and return the status of the response."
+        statuses = []
         environ = {
             "PATH_INFO": path,
             "REQUEST_METHOD": method,
             "CONTENT_LENGTH": str(len(body)),
             "wsgi.input": io.BytesIO(body),
         }
-        list(app(environ, lambda status, headers: said.append(status)))
-        return said[0]
+        list(app(environ, lambda status, headers: statuses.append(status)))
+        return statuses[0]
 
     drifted = {
         "status": "firing",
@@ -67,27 +67,23 @@ def test_alerts_that_ask_for_retraining():
         "annotations": {"summary": "noise has drifted"},
     }
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder, "home", "alerts.db")
-        assert firing_alerts(kept) == []
-        app = operator_app(make_wsgi_app(Metrics().registry), kept)
+        database = Path(folder, "home", "alerts.db")
+        assert firing_alerts(database) == []
+        app = operator_app(make_wsgi_app(Metrics().registry), database)
         assert post(app, json.dumps({"alerts": [drifted]}).encode()) == "204 No Content"
-        post(app, json.dumps({"alerts": [drifted]}).encode())  # Alertmanager repeats itself
-        print(firing_alerts(kept))
-        assert [alert.name for alert in firing_alerts(kept)] == ["SrsysDrift"] and firing_alerts(
-            kept, time.time() + 90_000
-        ) == []
+        post(app, json.dumps({"alerts": [drifted]}).encode())  # Alertmanager repeats a firing alert
+        print(firing_alerts(database))
+        assert [alert.name for alert in firing_alerts(database)] == ["SrsysDrift"]
+        assert firing_alerts(database, time.time() + 90_000) == []  # more than a day later
         post(app, json.dumps({"alerts": [drifted | {"status": "resolved"}]}).encode())
-        assert firing_alerts(kept) == []
-        assert [post(app, b"{"), post(app, b"[1]"), post(app, b"", "GET"), post(app, bytes(2 << 20))] == [
-            "400 Bad Request",
-            "400 Bad Request",
-            "405 Method Not Allowed",
-            "413 Content Too Large",
-        ]
+        assert firing_alerts(database) == []
+        assert post(app, b"{") == post(app, b"[1]") == "400 Bad Request"
+        assert post(app, b"", "GET") == "405 Method Not Allowed"
+        assert post(app, bytes(2 << 20)) == "413 Content Too Large"
         assert post(app, b"", "GET", "/metrics") == "200 OK"
 
 
-def test_one_line_a_request():
+def test_one_log_line_per_request():
     from srsys.monitor.telemetry import REQUEST_ID, configure_logging, log_request
 
     # monitor/01_telemetry.ipynb #lesson-log
@@ -107,7 +103,8 @@ def test_one_line_a_request():
         logging.root.handlers[:], logging.root.level = before
     lines = written.getvalue().splitlines()
     print(*lines[:2], lines[2][:180] + " …", sep="\n")
-    restored, broken, crashed = map(json.loads, lines)  # each line is one object, a trace too; the probe is not shown
+    # each line is one object, even with a stack trace; the probe is not shown
+    restored, broken, crashed = map(json.loads, lines)
     assert (restored["model"], restored["seconds"], restored["request_id"]) == (
         "srsys-photo-x4/1",
         0.3127,

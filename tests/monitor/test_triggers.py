@@ -3,26 +3,21 @@
 from dataclasses import replace
 
 import numpy as np
-from skimage import data
-
-# monitor/03_triggers.ipynb #lesson-pictures
-PHOTOS = [getattr(data, name)()[:300, :450] for name in ("astronaut", "chelsea", "coffee", "rocket")]
-CAT = data.chelsea()
-DAY = 86_400.0
 
 
-def test_whether_to_train_again():
-    from srsys.monitor.triggers import RetrainState, decide_retraining
+def test_whether_to_retrain():
+    from srsys.monitor.triggers import DAY, RetrainState, decide_retraining
 
     # monitor/03_triggers.ipynb #lesson-decide
     rng, now = np.random.default_rng(0), 100 * DAY
     gains, worse = tuple(rng.normal(1.5, 0.8, 60)), tuple(rng.normal(1.0, 0.8, 60))
     base = RetrainState(now, trainings=(now - 10 * DAY,), new_pairs=50, promoted_gains=gains)
-    for what, state, wanted in [
+    four_trainings = tuple(now - days * DAY for days in (5, 12, 19, 26))
+    for case, state, wanted in [
         ("a quiet week", base, False),
         ("two weeks, many new pictures", replace(base, trainings=(now - 14 * DAY,), new_pairs=250), True),
         ("never trained before", RetrainState(now, new_pairs=250), True),
-        ("other pictures, as easy", replace(base, newest_gains=tuple(rng.normal(1.5, 0.8, 60))), False),
+        ("other pictures, equally difficult", replace(base, newest_gains=tuple(rng.normal(1.5, 0.8, 60))), False),
         ("three pictures that went badly", replace(base, newest_gains=(0.3, 1.2, 2.1)), False),
         ("the newest pictures are harder", replace(base, newest_gains=worse), True),
         ("drift", replace(base, drifted=("noise", "quality")), True),
@@ -31,13 +26,9 @@ def test_whether_to_train_again():
         ("three of four votes", replace(base, down=3, votes=4), False),
         ("an alert", replace(base, alerts=("SrsysSlow",)), True),
         ("an alert, the day after a training", replace(base, alerts=("SrsysSlow",), trainings=(now - DAY,)), False),
-        (
-            "the fifth in a month",
-            replace(base, drifted=("noise",), trainings=tuple(now - d * DAY for d in (5, 12, 19, 26))),
-            False,
-        ),
-        ("drift, and nothing to learn from", replace(base, drifted=("noise",), new_pairs=0), False),
+        ("the fifth training in a month", replace(base, drifted=("noise",), trainings=four_trainings), False),
+        ("drift, but no new pictures", replace(base, drifted=("noise",), new_pairs=0), False),
     ]:
         decision = decide_retraining(state)
-        print(f"{what:36} {decision}")
-        assert decision.wanted is wanted
+        print(f"{case:36} {decision}")
+        assert decision.wanted is wanted, case

@@ -19,12 +19,12 @@ from srsys.registry.store import RegistryError, Store, connect_client, list_vers
 
 # registry/03_promotion.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
-template, note = Path(lesson_home.name) / "template", Path(lesson_home.name) / "evidence.json"
-note.write_text("{}")
+template, report_file = Path(lesson_home.name) / "template", Path(lesson_home.name) / "evidence.json"
+report_file.write_text("{}")
 
 
 def tiny(seed):
-    "An untrained network of a few hundred numbers, in a file with a card."
+    "An untrained network of a few hundred parameters, in a file with a card."
     torch.manual_seed(seed)
     path = Path(tempfile.mkdtemp(dir=lesson_home.name)) / "fern-x2.safetensors"
     weights.save(CompactNet(2, features=4, convs=1), weights.Card("fern-x2", "compact", 2, terms="CC0"), path)
@@ -32,7 +32,7 @@ def tiny(seed):
 
 
 def fresh_store():
-    "Version 1 is champion; 2 and 3 were proposed, 3 is @challenger."
+    "A registry in which version 1 is champion, versions 2 and 3 were proposed, and 3 is challenger."
     if not template.exists():
         register(Store(template), tiny(1))
         for seed in (2, 3):
@@ -43,25 +43,28 @@ def fresh_store():
 
 
 def aliases(store):
-    "Who is what, such as champion 1, challenger 3."
-    found = list_versions(store)
+    "The aliases in one line, such as: champion 1, challenger 3."
+    versions = list_versions(store)
     return ", ".join(
-        f"{alias} {v.version}" for alias in ("champion", "previous", "challenger") for v in found if alias in v.aliases
+        f"{alias} {v.version}"
+        for alias in ("champion", "previous", "challenger")
+        for v in versions
+        if alias in v.aliases
     )
 
 
-def decided(store, ours, theirs=1, accepted=True):
-    "The gate's word about two versions."
-    found = {v.version: v for v in list_versions(store)}
-    ours, theirs = found[ours], found.get(theirs)
+def decision_about(store, challenger, champion=1, accepted=True):
+    "A decision of the gate about two versions."
+    versions = {v.version: v for v in list_versions(store)}
+    ours, theirs = versions[challenger], versions.get(champion)
     reasons = (GateReason("gain on validation", accepted, "+0.120 dB" if accepted else "-0.120 dB"),)
     gain = Gain(0.12, 0.1, 0.14, 60) if accepted else Gain(-0.12, -0.14, -0.1, 60)
     return Decision(ours.label, theirs and theirs.label, ours.sha256, theirs and theirs.sha256, gain, reasons)
 
 
 @contextmanager
-def exchanged(digest):
-    "Other weights in the place of those with a digest; and back again."
+def replaced_artifact(digest):
+    "Replace the artifact with this digest by other weights, and restore it at the end of the block."
     path = next(p for p in (template / "artifacts").rglob("*.safetensors") if weights.read_weights(p)[1] == digest)
     original = path.read_bytes()
     shutil.copy(tiny(7), path)
@@ -71,16 +74,19 @@ def exchanged(digest):
         path.write_bytes(original)
 
 
-def refusal(do, *args):
-    "The message of the RegistryError that `do` raises."
+def refused(message, do, *args):
+    "Assert that `do` raises a RegistryError with this message, and print it."
     try:
         do(*args)
     except RegistryError as e:
-        return re.sub(re.escape(lesson_home.name) + r"\S*/", "…/", str(e))
-    raise AssertionError("that should have been refused")
+        text = re.sub(re.escape(lesson_home.name) + r"\S*/", "…/", str(e))
+        assert message in text, text
+        print(re.sub(r"20\d\d-.*UTC", "2026-…", text))
+    else:
+        raise AssertionError(f"no RegistryError: {message}")
 
 
-def test_a_challenger():
+def test_proposing_a_challenger():
     from srsys.registry.promotion import current_aliases
 
     # registry/03_promotion.ipynb #lesson-propose
@@ -97,13 +103,12 @@ def test_promoting():
 
     # registry/03_promotion.ipynb #lesson-promote
     store = fresh_store()
-    yes = decided(store, 3)
-    promoted = promote(store, "fern-x2", yes, [note])
+    accepted = decision_about(store, 3)
+    promoted = promote(store, "fern-x2", accepted, [report_file])
     assert promoted.status == "passed" and promoted.gain == "+0.120" and aliases(store) == "champion 3, previous 1"
     assert resolve("fern-x2", store).label == "srsys-fern-x2/3"
-    assert promote(store, "srsys-fern-x2", yes) == promoted and aliases(store) == "champion 3, previous 1", (
-        "again: nothing to do"
-    )
+    assert promote(store, "srsys-fern-x2", accepted) == promoted  # a repetition changes nothing
+    assert aliases(store) == "champion 3, previous 1"
 
     client = connect_client(store)
     record = client.get_model_version(promoted.name, "3")
@@ -115,163 +120,159 @@ def test_promoting():
     {key: value[:12] for key, value in sorted(record.tags.items()) if value and key != "gate.report"}
 
     # registry/03_promotion.ipynb #lesson-refuse
-    no = decided(store, 2, 3, accepted=False)
-    assert promote(store, "fern-x2", no).status == "refused" and aliases(store) == "champion 3, previous 1"
-    assert promote(store, "fern-x2", decided(store, 1, 3, accepted=False)).status == "bootstrap", (
-        "what one may want to go back to is not spoiled"
-    )
-    print(no)
+    refusal = decision_about(store, 2, 3, accepted=False)
+    assert promote(store, "fern-x2", refusal).status == "refused" and aliases(store) == "champion 3, previous 1"
+    assert promote(store, "fern-x2", decision_about(store, 1, 3, accepted=False)).status == "bootstrap"
+    print(refusal)
 
     # registry/03_promotion.ipynb #lesson-promote-fails
     before = list_versions(store)
-    print(
-        refusal(promote, store, "fern-x2", decided(store, 2, 1)),
-        refusal(promote, store, "fern-x2", decided(store, 2, None)),
-        sep="\n",
-    )
-    print(refusal(promote, store, "fern-x2", replace(yes, challenger_sha256="0" * 64)))
-    print(refusal(promote, store, "fern-x2", decided(store, 3, 1, accepted=False)))
-    print(refusal(promote, store, "moss-x2", yes))
+    for message, model, decision in (
+        (
+            "judged against srsys-fern-x2/1, and now the champion is srsys-fern-x2/3",
+            "fern-x2",
+            decision_about(store, 2),
+        ),
+        ("was judged against no champion", "fern-x2", decision_about(store, 2, None)),
+        ("which no version of srsys-fern-x2 has", "fern-x2", replace(accepted, challenger_sha256="0" * 64)),
+        ("only `srsys rollback` replaces it", "fern-x2", decision_about(store, 3, 1, accepted=False)),
+        ("srsys-moss-x2 is not registered", "moss-x2", accepted),
+    ):
+        refused(message, promote, store, model, decision)
     assert list_versions(store) == before
 
     # registry/03_promotion.ipynb #lesson-first
     set_alias(store, "srsys-fern-x2", "champion", None)
     set_alias(store, "srsys-fern-x2", "previous", None)
-    assert (
-        promote(store, "fern-x2", decided(store, 2, None)).aliases == ("champion",) and aliases(store) == "champion 2"
-    )
+    first = promote(store, "fern-x2", decision_about(store, 2, None))
+    assert first.aliases == ("champion",) and aliases(store) == "champion 2"
 
 
-def test_an_artifact_that_was_exchanged():
+def test_a_replaced_artifact():
     from srsys.registry.promotion import promote
 
     # registry/03_promotion.ipynb #lesson-tampered
     store = fresh_store()
-    yes = decided(store, 3)
-    with exchanged(yes.challenger_sha256):
-        print(refusal(promote, store, "fern-x2", yes))
+    accepted = decision_about(store, 3)
+    with replaced_artifact(accepted.challenger_sha256):
+        refused("the digest it was registered with is", promote, store, "fern-x2", accepted)
     assert aliases(store) == "champion 1, challenger 3" and resolve("fern-x2", store).label == "srsys-fern-x2/1"
 
     # registry/03_promotion.ipynb #lesson-tampered-champion
-    with exchanged(yes.champion_sha256):
-        print(refusal(resolve, "fern-x2", store))
-        promote(store, "fern-x2", replace(yes, champion=None, champion_sha256=None))
+    with replaced_artifact(accepted.champion_sha256):
+        refused("the digest it was registered with is", resolve, "fern-x2", store)
+        promote(store, "fern-x2", replace(accepted, champion=None, champion_sha256=None))
         assert aliases(store) == "champion 3" and resolve("fern-x2", store).label == "srsys-fern-x2/3"
 
 
-def test_taking_it_back():
+def test_rolling_back():
     from srsys.registry.promotion import promote, rollback
 
     # registry/03_promotion.ipynb #lesson-rollback
     store = fresh_store()
-    yes = decided(store, 3)
-    promote(store, "fern-x2", yes)
+    accepted = decision_about(store, 3)
+    promote(store, "fern-x2", accepted)
     assert rollback(store, "fern-x2").version == 1 and aliases(store) == "champion 1"
     assert resolve("fern-x2", store).label == "srsys-fern-x2/1"
-    print(refusal(rollback, store, "fern-x2"))
-    print(re.sub(r"20\d\d-.*UTC", "2026-…", refusal(promote, store, "fern-x2", yes)))
-    assert aliases(store) == "champion 1" and promote(store, "fern-x2", decided(store, 2)).aliases == ("champion",)
+    refused("nothing to take back: srsys-fern-x2/1 is champion", rollback, store, "fern-x2")
+    refused("srsys-fern-x2/3 was rolled back on", promote, store, "fern-x2", accepted)
+    assert aliases(store) == "champion 1"
+    assert promote(store, "fern-x2", decision_about(store, 2)).aliases == ("champion",)
 
     # registry/03_promotion.ipynb #lesson-rollback-fails
-    with exchanged(next(v.sha256 for v in list_versions(store) if "previous" in v.aliases)):
-        print(refusal(rollback, store, "fern-x2"))
+    with replaced_artifact(next(v.sha256 for v in list_versions(store) if "previous" in v.aliases)):
+        refused("srsys-fern-x2/1 cannot be champion again", rollback, store, "fern-x2")
     connect_client(store).set_model_version_tag("srsys-fern-x2", "1", "gate.status", "refused")
-    print(refusal(rollback, store, "fern-x2"))
-    assert aliases(store) == "champion 2, previous 1" and not any(
-        v.withdrawn for v in list_versions(store) if v.version == 2
-    )
+    refused("the gate status of srsys-fern-x2/1 is 'refused'", rollback, store, "fern-x2")
+    assert aliases(store) == "champion 2, previous 1"
+    (champion,) = (v for v in list_versions(store) if v.version == 2)
+    assert not champion.withdrawn
 
 
-def test_a_registry_that_goes_down_half_way():
+def test_a_registry_that_fails_half_way():
     from srsys.registry.promotion import promote, rollback
 
     # registry/03_promotion.ipynb #lesson-outage
     WRITES = ("log_artifact", "set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias")
+    COMMIT = "set_registered_model_alias champion"
 
-    def begin_again(store):
-        "Version 1 is champion, and 3 was never promoted."
+    def reset(store):
+        "Make version 1 champion and 3 challenger, as before any promotion."
         for alias, number in (("champion", 1), ("previous", None), ("challenger", 3)):
             set_alias(store, "srsys-fern-x2", alias, number)
         connect_client(store).set_model_version_tag("srsys-fern-x2", "3", "gate.withdrawn", "")
 
-    COMMIT = "set_registered_model_alias champion"
-
     @contextmanager
-    def failing(store, at):
-        "MLflow answers so many writes, and no more; what it was asked for is kept."
-        kind, asked = type(connect_client(store)), []
+    def failing(store, allowed):
+        "Let MLflow do `allowed` writes and fail after them; yields the list of the writes that were tried."
+        kind, tried = type(connect_client(store)), []
 
         def guarded(name, do):
             def write(self, *args, **options):
-                asked.append(f"{name} {args[2] if 'tag' in name else args[1] if 'alias' in name else ''}")
-                if len(asked) > at:
+                tried.append(f"{name} {args[2] if 'tag' in name else args[1] if 'alias' in name else ''}")
+                if len(tried) > allowed:
                     raise OSError("connection lost")
                 return do(self, *args, **options)
 
             return write
 
         with mock.patch.multiple(kind, **{name: guarded(name, getattr(kind, name)) for name in WRITES}):
-            yield asked
+            yield tried
 
     store, lines = fresh_store(), []
-    yes = decided(store, 3)
-    for at in range(20):
-        begin_again(store)
-        with failing(store, at) as asked:
+    accepted = decision_about(store, 3)
+    for allowed in range(20):
+        reset(store)
+        with failing(store, allowed) as tried:
             try:
-                promote(store, "fern-x2", yes, [note])
+                promote(store, "fern-x2", accepted, [report_file])
             except RegistryError as e:
                 assert str(e).endswith("says: connection lost")
             else:
                 break
-        lines.append(f"{asked[-1]:42} fails: {aliases(store)}")
-        assert resolve("fern-x2", store).version.version == (3 if COMMIT in asked[:-1] else 1)
-        assert (
-            promote(store, "fern-x2", yes, [note]).aliases == ("champion",)
-            and aliases(store) == "champion 3, previous 1"
-        )
-    assert at == 9 == len(asked)
+        lines.append(f"{tried[-1]:42} fails: {aliases(store)}")
+        assert resolve("fern-x2", store).version.version == (3 if COMMIT in tried[:-1] else 1)
+        assert promote(store, "fern-x2", accepted, [report_file]).aliases == ("champion",)
+        assert aliases(store) == "champion 3, previous 1"
+    assert allowed == 9 == len(tried)
     print("\n".join(lines))
 
     # registry/03_promotion.ipynb #lesson-outage-rollback
     lines = []
-    for at in range(20):
-        begin_again(store)
-        promote(store, "fern-x2", yes)
-        with failing(store, at) as asked:
+    for allowed in range(20):
+        reset(store)
+        promote(store, "fern-x2", accepted)
+        with failing(store, allowed) as tried:
             try:
                 rollback(store, "fern-x2")
             except RegistryError as e:
                 assert str(e).endswith("says: connection lost")
             else:
                 break
-        lines.append(f"{asked[-1]:42} fails: {aliases(store)}")
-        assert resolve("fern-x2", store).version.version == (1 if COMMIT in asked[:-1] else 3)
+        lines.append(f"{tried[-1]:42} fails: {aliases(store)}")
+        assert resolve("fern-x2", store).version.version == (1 if COMMIT in tried[:-1] else 3)
         assert rollback(store, "fern-x2").version == 1 and aliases(store) == "champion 1"
-    assert at == 3 == len(asked)
+    assert allowed == 3 == len(tried)
     print("\n".join(lines))
 
 
-def test_two_at_once():
+def test_two_promotions_at_once():
     from srsys.registry.promotion import PromotionError, promote
 
     # registry/03_promotion.ipynb #lesson-two
-    store, said = fresh_store(), []
+    store, results = fresh_store(), []
 
     def run(decision):
         try:
-            said.append(promote(store, "fern-x2", decision).label)
+            results.append(promote(store, "fern-x2", decision).label)
         except PromotionError as e:
-            said.append(str(e))
+            results.append(str(e))
 
-    both = [threading.Thread(target=run, args=(decided(store, number),)) for number in (2, 3)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join()
-    won = resolve("fern-x2", store).label
-    assert (
-        won in said
-        and sum("judge it again" in line for line in said) == 1
-        and aliases(store).startswith(f"champion {won[-1]}, previous 1")
-    )
+    threads = [threading.Thread(target=run, args=(decision_about(store, number),)) for number in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winner = resolve("fern-x2", store).label
+    assert winner in results and sum("judge it again" in result for result in results) == 1
+    assert aliases(store).startswith(f"champion {winner[-1]}, previous 1")

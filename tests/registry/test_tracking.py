@@ -20,7 +20,7 @@ from srsys.registry import store as registry
 from srsys.registry.store import Store
 
 # registry/04_tracking.ipynb #lesson-objects
-warnings.filterwarnings("ignore", message="IProgress")  # MLflow would draw a bar where it can
+warnings.filterwarnings("ignore", message="IProgress")  # of MLflow's progress bar
 lesson_home = tempfile.TemporaryDirectory()
 template = Path(lesson_home.name) / "template"
 
@@ -38,7 +38,7 @@ class Config:
 
 
 def fresh_store():
-    "An embedded store of its own for each lesson: a copy of one that was opened once, as the first opening takes seconds."
+    "A separate store for each lesson: a copy of a template, because creating one takes seconds."
     if not template.exists():
         registry.connect_client(Store(template))
     home = Path(tempfile.mkdtemp(dir=lesson_home.name))
@@ -47,13 +47,13 @@ def fresh_store():
 
 
 def runs_of(store, name="lesson"):
-    "Every run of an experiment, the newest first."
+    "All runs of an experiment, the newest first."
     client = registry.connect_client(store)
     return client.search_runs([client.get_experiment_by_name(name).experiment_id])
 
 
-class Lines(logging.Handler):
-    "Keeps what is logged."
+class LogLines(logging.Handler):
+    "Collects log messages in a list."
 
     def __init__(self):
         super().__init__()
@@ -64,12 +64,12 @@ class Lines(logging.Handler):
 
 
 @contextmanager
-def listening():
-    "What the module says, in a list."
-    said = Lines()
-    logging.getLogger("srsys.registry.tracking").addHandler(said)
-    yield said.lines
-    logging.getLogger("srsys.registry.tracking").removeHandler(said)
+def captured_log():
+    "Collect the module's log messages during a block."
+    handler = LogLines()
+    logging.getLogger("srsys.registry.tracking").addHandler(handler)
+    yield handler.lines
+    logging.getLogger("srsys.registry.tracking").removeHandler(handler)
 
 
 def test_parameters():
@@ -80,7 +80,7 @@ def test_parameters():
     assert flat_params(Config()) == {"name": "fern-x2", "steps": "300", "blur.low": "0.2"}
 
 
-def test_curves_thinned():
+def test_thinned_curves():
     from srsys.registry.tracking import RunTracker
 
     # registry/04_tracking.ipynb #track-lesson
@@ -92,33 +92,32 @@ def test_curves_thinned():
     track.validated(20_000, {"psnr_y": 31.4}, {"astronaut": data.astronaut()[::8, ::8]})
     curve = client.get_metric_history(track.run_id, "train.l1")
     assert len(curve) < 700 and curve[-1].step > 19_800 and abs(curve[-1].value - 100 / curve[-1].step) < 1e-3
-    assert [a.path for a in client.list_artifacts(track.run_id, "validation/astronaut")] == [
-        "validation/astronaut/0020000.png"
-    ]
-    RunTracker(client, track.run_id, seconds=0).step(1, {"l2": 0.5})  # somebody is waiting for it
+    pictures = [artifact.path for artifact in client.list_artifacts(track.run_id, "validation/astronaut")]
+    assert pictures == ["validation/astronaut/0020000.png"]
+    RunTracker(client, track.run_id, seconds=0).step(1, {"l2": 0.5})  # sent at once
     assert client.get_metric_history(track.run_id, "train.l2")[0].value == 0.5
     plt.figure(figsize=(4, 2))
     plt.loglog([point.step for point in curve], [point.value for point in curve], ".", ms=2)
     plt.title(f"20,000 steps, {len(curve)} points", fontsize=9)
 
 
-def test_a_run_and_its_return():
+def test_a_run_and_how_it_is_resumed():
     from srsys.registry.tracking import track_run
 
     # registry/04_tracking.ipynb #run-lesson
     store = fresh_store()
-    kept = store.home / "fern-x2.run"
+    id_file = store.home / "fern-x2.run"
     checkpoint = store.home / "fern-x2.json"
     checkpoint.write_text("{}")
     try:
-        with track_run(store, "lesson", "fern-x2", Config(), kept) as track:
+        with track_run(store, "lesson", "fern-x2", Config(), id_file) as track:
             for step in range(1, 151):
                 track.step(step, {"l1": 1 / step})
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         assert [r.info.status for r in runs_of(store)] == ["KILLED"]
 
-    with track_run(store, "lesson", "fern-x2", Config(steps=400), kept) as track:  # the same command, asking for more
+    with track_run(store, "lesson", "fern-x2", Config(steps=400), id_file) as track:  # resumed, with more steps
         assert runs_of(store)[0].info.status == "RUNNING"
         for step in range(151, 301):
             track.step(step, {"l1": 1 / step})
@@ -126,11 +125,8 @@ def test_a_run_and_its_return():
     (only,) = runs_of(store)
     print(only.info.run_name, only.info.status, only.data.params, only.data.tags["resumed.steps"])
     curve = registry.connect_client(store).get_metric_history(track.run_id, "train.l1")
-    assert (
-        only.info.status == "FINISHED"
-        and [point.step for point in curve[:3]] == [1, 2, 3]
-        and 290 < curve[-1].step <= 300
-    )
+    assert only.info.status == "FINISHED" and only.data.tags["resumed.steps"] == "400"
+    assert [point.step for point in curve[:3]] == [1, 2, 3] and 290 < curve[-1].step <= 300
     assert [a.path for a in registry.connect_client(store).list_artifacts(track.run_id)] == ["fern-x2.json"]
 
     with track_run(None, "lesson", "fern-x2", Config()) as track:  # the second of two processes
@@ -141,30 +137,27 @@ def test_a_run_and_its_return():
     # registry/04_tracking.ipynb #run-failure
     store = fresh_store()
     client = registry.connect_client(store)
-    lost = client.create_run(
-        registry.experiment_id(store, client, "lesson")
-    ).info.run_id  # by a process that is no more
-    elsewhere = client.create_run(
-        registry.experiment_id(store, client, "lesson"), tags={"srsys.host": "another", "srsys.pid": "1"}
+    experiment = registry.experiment_id(store, client, "lesson")
+    killed = client.create_run(
+        experiment, tags={"srsys.host": socket.gethostname(), "srsys.pid": "99999999"}
     ).info.run_id
-    client.set_tag(lost, "srsys.host", socket.gethostname())
-    client.set_tag(lost, "srsys.pid", "99999999")
-    kept = store.home / "id"
-    with track_run(store, "lesson", "a", {}, kept) as track:
-        assert client.get_run(lost).info.status == "KILLED" and client.get_run(elsewhere).info.status == "RUNNING"
-        with track_run(store, "lesson", "b", {}):  # ours is alive
+    elsewhere = client.create_run(experiment, tags={"srsys.host": "another", "srsys.pid": "1"}).info.run_id
+    id_file = store.home / "id"
+    with track_run(store, "lesson", "a", {}, id_file) as track:
+        assert client.get_run(killed).info.status == "KILLED" and client.get_run(elsewhere).info.status == "RUNNING"
+        with track_run(store, "lesson", "b", {}):  # this process still exists, so its first run is not marked as killed
             assert client.get_run(track.run_id).info.status == "RUNNING"
     client.delete_run(track.run_id)
-    with track_run(store, "lesson", "a", {}, kept) as again:
+    with track_run(store, "lesson", "a", {}, id_file) as again:
         assert again.run_id != track.run_id
-    kept.write_text("who?")
+    id_file.write_text("who?")
     try:
-        with track_run(store, "lesson", "a", {}, kept) as again:
+        with track_run(store, "lesson", "a", {}, id_file) as again:
             raise ZeroDivisionError
     except ZeroDivisionError:
         assert client.get_run(again.run_id).info.status == "FAILED"
 
-    with listening() as said:
+    with captured_log() as lines:
         with (
             track_run(store, "lesson", "a", {}) as track,
             mock.patch.object(track.client, "log_batch", side_effect=OSError("the disk is gone")),
@@ -177,11 +170,12 @@ def test_a_run_and_its_return():
         (diary.home / "mlflow.db").write_text("Dear diary")
         with track_run(diary, "lesson", "a", {}) as track:
             track.step(1, {"l1": 1.0})
-    print("\n".join(line[:120] for line in said))
-    assert len(said) == 2
+    for line, reason in zip(lines, ("the disk is gone", "file is not a database"), strict=True):
+        assert line.startswith("MLflow failed, and nothing more of this run is recorded") and reason in line
+        print(line[:120])
 
 
-def test_reports():
+def test_measurements():
     from srsys.registry.tracking import log_reports
 
     # registry/04_tracking.ipynb #reports-lesson

@@ -29,7 +29,7 @@ def departure(lr_hwc, result_hwc, scale=4):
     return -measure_output(lr_hwc, imresize(result_hwc, 1 / scale), scale)["worst_tiles_db"]
 
 
-def test_damaged_as_people_s_pictures_are():
+def test_typical_damage():
     from srsys.restore.trust import degrade_for_trust
 
     # restore/02_trust.ipynb #lesson-damage
@@ -45,7 +45,7 @@ def test_damaged_as_people_s_pictures_are():
         assert lr.shape == (74, 112, 3) and large.shape == CAT.shape
 
 
-def test_tampered_with():
+def test_tampering():
     from srsys.restore.trust import tamper
 
     # restore/02_trust.ipynb #lesson-tamper
@@ -57,9 +57,7 @@ def test_tampered_with():
         ax.imshow(picture)
         ax.set_title(f"{name}: {departure(lr, picture):+.1f} dB", fontsize=8)
         ax.axis("off")
-    print(
-        f"the result itself departs by {departure(lr, result):+.1f} dB from the picture, which is to say less far than bicubic enlargement where that is negative"
-    )
+    print(f"the result itself: {departure(lr, result):+.1f} dB; a negative number is closer than bicubic enlargement")
     assert all(departure(lr, wrong[name]) > departure(lr, result) + 3 for name in wrong if "finer" not in name)
 
 
@@ -68,7 +66,7 @@ def test_the_threshold():
 
     # restore/02_trust.ipynb #lesson-fit
     rng = np.random.default_rng(0)
-    rows = [
+    samples = [
         TrustSample(
             i // 8,
             *((None, 2.0) if i % 2 else (30, 0.5)),
@@ -77,63 +75,52 @@ def test_the_threshold():
         )
         for i in range(480)
     ]
-    found = validate_thresholds(rows)
-    print(
-        f"{found.limit(None, 2):.1f} dB for one kind of picture, {found.limit(30, 0.5):.1f} dB for the other; {found.false_alarms:.1%} false alarms, power {found.power}"
-    )
+    found = validate_thresholds(samples)
+    print(f"{found.limit(None, 2):.1f} dB for one kind of picture, {found.limit(30, 0.5):.1f} dB for the other")
+    print(f"{found.false_alarms:.1%} false alarms, power {found.power}")
     assert abs(found.limit(None, 2) - 8 - 2 * 1.645) < 1 and abs(found.limit(30, 0.5) - 2 * 1.645) < 1
     assert found.false_alarms <= 0.05 and found.power["a lot"] > 0.95 > 0.2 > found.power["a little"]
     assert found == Thresholds.from_dict(json.loads(json.dumps(found.to_dict())))
-    one = fit_thresholds(rows[1::2])
-    assert len({x for row in one.limits_db for x in row}) == 1, "a bin that nothing fell into has the threshold of all"
-    never = validate_thresholds([replace(r, departure_db=float(r.picture % 2) * 100) for r in rows])
+    one = fit_thresholds(samples[1::2])
+    assert len({limit for row in one.limits_db for limit in row}) == 1, "an empty bin has the threshold of all pairs"
+    never = validate_thresholds([replace(s, departure_db=float(s.picture % 2) * 100) for s in samples])
     assert never.false_alarms > 0.05, "halves so different that no quantile keeps the promise: the figure says so"
 
 
-def test_a_model_s_own():
+def test_calibrating_a_model():
     from srsys.restore.trust import calibrate, store_thresholds, tamper, thresholds_of
 
     # restore/02_trust.ipynb #lesson-calibrate
-    class Seen(list):
-        def __call__(self, done, total):
-            self.append((done, total))
-
-    seen, two = Seen(), [CAT, bicubic_downscale(data.astronaut(), 4)]
-    small = calibrate(restore, two, 4, each=2, on_pair=seen)
-    assert (
-        seen == [(n, 4) for n in range(1, 5)]
-        and (small.pictures, small.pairs) == (2, 4)
-        and set(small.power) == set(tamper(CAT, 4, np.random.default_rng(0)))
+    progress, two = [], [CAT, bicubic_downscale(data.astronaut(), 4)]
+    small = calibrate(
+        restore, two, 4, samples_per_picture=2, on_pair=lambda done, total: progress.append((done, total))
     )
+    assert progress == [(n, 4) for n in range(1, 5)] and (small.pictures, small.pairs) == (2, 4)
+    assert set(small.power) == set(tamper(CAT, 4, np.random.default_rng(0)))
     try:
         calibrate(restore, two[:1], 4)
     except ValueError as e:
-        print(e)
+        assert "at least 2 are needed, not 1" in str(e)
     else:
-        raise AssertionError
+        raise AssertionError("that should have failed")
 
     # restore/02_trust.ipynb #lesson-of-model
     for name, path in weights.shipped_weights().items():
         found = thresholds_of(weights.load(path))
-        print(
-            f"{name}: "
-            + (
-                f"{found.false_alarms:.1%} false alarms; found: "
-                + ", ".join(f"{kind} {power:.0%}" for kind, power in found.power.items())
-                if found
-                else "not measured"
-            )
-        )
-        assert found is None or (
-            found.pictures == 60 and found.false_alarms <= 0.05 and found.power["a piece from elsewhere"] > 0.9
-        )
+        if found is None:
+            print(f"{name}: not measured")
+            continue
+        power = ", ".join(f"{kind} {share:.0%}" for kind, share in found.power.items())
+        print(f"{name}: {found.false_alarms:.1%} false alarms; found: {power}")
+        assert found.pictures == 60 and found.false_alarms <= 0.05 and found.power["a piece from elsewhere"] > 0.9
+    assert thresholds_of(MODEL) is not None, "measured for the model of these lessons"
     with tempfile.TemporaryDirectory() as folder:
         state, _, card = weights.read_weights(weights.shipped_weights()["fast-x4"])
         digest = weights.save(state, card, f"{folder}/x.safetensors")
         assert store_thresholds(f"{folder}/x.safetensors", small) != digest
         again = weights.load(f"{folder}/x.safetensors")
         assert thresholds_of(again) == small and replace(again.card, trust={}) == card
-        assert thresholds_of(replace(again, card=replace(card, trust={}))) is None
+        assert thresholds_of(replace(again, card=replace(card, trust={}))) is None, "other bytes, so not the package's"
         weights.save(state, card, f"{folder}/y.safetensors")
         with weights.safe_open(f"{folder}/y.safetensors", "pt") as file:
             bare = {k: file.get_tensor(k) for k in file.keys()}
@@ -141,27 +128,29 @@ def test_a_model_s_own():
         try:
             store_thresholds(f"{folder}/y.safetensors", small)
         except weights.WeightsError as e:
-            print(str(e).split("/")[-1])
+            assert str(e).endswith("y.safetensors has no card to store thresholds in")
         else:
-            raise AssertionError
+            raise AssertionError("that should have failed")
 
 
-def test_a_plain_warning():
+def test_the_warning():
     from srsys.restore.trust import Thresholds, tamper, trust_message
 
     # restore/02_trust.ipynb #lesson-judge
     found, lr = Thresholds(((6.0, 5.5, 4.0),) * 3), jpeg(imresize(CAT, 1 / 4), 85)
     noise = measure_input(Picture(lr))["noise"]
     result = restore(lr)
-    for name, picture in {"honest": result, **tamper(result, 4, np.random.default_rng(1))}.items():
-        print(f"{name:30}", trust_message(departure(lr, picture), 85, noise, found))
-    assert trust_message(departure(lr, result), 85, noise, found) is None and trust_message(
-        departure(lr, tamper(result, 4, np.random.default_rng(1))["a piece from elsewhere"]), 85, noise, found
-    )
+    messages = {
+        name: trust_message(departure(lr, picture), 85, noise, found)
+        for name, picture in {"honest": result, **tamper(result, 4, np.random.default_rng(1))}.items()
+    }
+    for name, message in messages.items():
+        print(f"{name:30}", message)
+    assert messages["honest"] is None and "depart from the picture" in messages["a piece from elsewhere"]
     assert trust_message(99.0, None, 0, None) is None
 
 
-def test_where():
+def test_where_a_result_departs():
     from srsys.restore.trust import heat_map, overlay_heat
 
     # restore/02_trust.ipynb #lesson-heat
@@ -176,7 +165,5 @@ def test_where():
         ax.axis("off")
     y, x = np.unravel_index(maps[1].argmax(), maps[1].shape)
     assert 40 <= 4 * y < 90 and 120 <= 4 * x < 180 and maps[1].max() > 3 * maps[0].max()
-    assert (
-        np.allclose(heat_map(lr.astype(np.uint16) * 257, spot.astype(np.uint16) * 257), maps[1], atol=0.5)
-        and overlay_heat(lr[..., :1], maps[1]).shape == lr.shape
-    )
+    assert np.allclose(heat_map(lr.astype(np.uint16) * 257, spot.astype(np.uint16) * 257), maps[1], atol=0.5)
+    assert overlay_heat(lr[..., :1], maps[1]).shape == lr.shape

@@ -4,6 +4,7 @@ import base64
 
 # serve/05_access.ipynb #lesson-imports
 import functools
+import re
 import socket
 import threading
 import time
@@ -23,30 +24,30 @@ TOKENS = ("correct-horse-battery", "staple-correct-horse")
 
 
 def run(coroutine):
-    "What a coroutine returns; in a thread of its own, because a notebook already runs a loop in this one."
+    "Run a coroutine in a thread of its own, because a notebook already runs an event loop in this one."
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def until(happened, seconds=60):
-    "Wait for something, but not for ever."
+def wait_until(condition, seconds=60):
+    "Wait for a condition, with a timeout."
     end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
-def small_app(terms, limit=1000, metrics=None):
-    "A service with one route that takes something in, behind the door."
+def small_app(policy, max_upload=1000, metrics=None):
+    "A service with a few routes behind the middleware."
     app = FastAPI()
-    app.add_middleware(AccessMiddleware, metrics=metrics or Metrics(), limit=limit, terms=terms)
+    app.add_middleware(AccessMiddleware, metrics=metrics or Metrics(), max_upload=max_upload, policy=policy)
 
     @app.post("/v1/restore")
     async def take(request: Request):
         return {"bytes": len(await request.body())}
 
     @app.post("/v1/feedback")
-    async def opinion(words: dict):
+    async def feedback(words: dict):
         return words
 
     @app.get("/livez")
@@ -60,50 +61,46 @@ def small_app(terms, limit=1000, metrics=None):
     return app
 
 
-def test_who_asks():
+def test_tokens():
     from srsys.serve.access import AccessPolicy, find_token, token_from_header
 
     # serve/05_access.ipynb #lesson-tokens
     assert token_from_header(f"Bearer {TOKENS[1]}") == TOKENS[1]
     assert token_from_header("Basic " + base64.b64encode(f"me:{TOKENS[0]}".encode()).decode()) == TOKENS[0]
-    assert (
-        token_from_header("")
-        == token_from_header("Digest x")
-        == token_from_header("Basic ü")
-        == token_from_header("Basic AA=A")
-        == ""
-    )
-    assert (
-        find_token(TOKENS[1], TOKENS) == 1
-        and find_token("", TOKENS) is find_token("correct-horse-batterx", TOKENS) is find_token("x", ()) is None
-    )
+    for header in ("", "Digest x", "Basic ü", "Basic AA=A"):
+        assert token_from_header(header) == ""
+    assert find_token(TOKENS[1], TOKENS) == 1
+    for token, known in [("", TOKENS), ("correct-horse-batterx", TOKENS), ("x", ())]:
+        assert find_token(token, known) is None
     try:
         AccessPolicy(tokens=("secret",))
     except ValueError as error:
-        print(error)
+        assert "at least 16 characters" in str(error)
     else:
-        raise AssertionError("a short token is no token")
+        raise AssertionError("a short token must be refused")
 
 
-def test_how_often():
+def test_rate_limit():
     from srsys.serve.access import RateLimiter
 
     # serve/05_access.ipynb #lesson-rates
     now = 0.0
     rates = RateLimiter(3, lambda: now)
-    assert [rates.take(0) for _ in range(4)] == [0, 0, 0, 20] and rates.take(1) == 0, "each caller has a bucket"
+    assert [rates.take(0) for _ in range(4)] == [0, 0, 0, 20]
+    assert rates.take(1) == 0, "each caller has a bucket of its own"
     now = 20.0
-    assert rates.take(0) == 0 and rates.take(0) == 20
+    assert rates.take(0) == 0
+    assert rates.take(0) == 20
     now = 1000.0
-    assert [rates.take(0) for _ in range(4)] == [0, 0, 0, 20], "it does not overflow"
+    assert [rates.take(0) for _ in range(4)] == [0, 0, 0, 20], "a bucket never holds more than a minute's worth"
 
 
-def test_what_arrives_and_how_fast():
+def test_size_and_speed_of_an_upload():
     from srsys.serve.access import AccessPolicy, RequestBody
 
     # serve/05_access.ipynb #lesson-body
     def sender(*pieces, pause=0.0):
-        "Something to receive from."
+        "A `receive` function that delivers some pieces and then disconnects."
         messages = [
             {"type": "http.request", "body": piece, "more_body": i + 1 < len(pieces)} for i, piece in enumerate(pieces)
         ] + [{"type": "http.disconnect"}]
@@ -120,95 +117,89 @@ def test_what_arrives_and_how_fast():
 
         return run(collect())
 
-    def refused(do, *args):
-        "The refusal that something ends in."
+    def refused(function, *args):
+        "The RequestError that a call raises."
         try:
-            do(*args)
+            function(*args)
         except RequestError as error:
-            print(error.status, error)
             return error
-        raise AssertionError("that should have been refused")
+        raise AssertionError("this call should have raised RequestError")
 
-    assert read_all(RequestBody(sender(b"a" * 10, b"b" * 10, b"c"), 21, AccessPolicy())) == [
-        b"a" * 10,
-        b"b" * 10,
-        b"c",
-        None,
-    ]
-    assert refused(read_all, body := RequestBody(sender(b"a" * 10, b"b" * 10, b"c"), 20, AccessPolicy())).status == 413
-    assert refused(run, body.receive()) is body.refused, "once refused, always refused"
-    slow = RequestBody(sender(*[b"a"] * 100, pause=0.05), 1000, AccessPolicy(patience=0.12, pace=1000))
-    assert refused(read_all, slow).status == 408
+    pieces = b"a" * 10, b"b" * 10, b"c"
+    assert read_all(RequestBody(sender(*pieces), 21, AccessPolicy())) == [*pieces, None]
+    body = RequestBody(sender(*pieces), 20, AccessPolicy())
+    error = refused(read_all, body)
+    assert error.status == 413 and str(error) == "the upload is larger than the limit of 20 bytes"
+    assert refused(run, body.receive()) is body.refusal, "once refused, always refused"
+    slow = RequestBody(sender(*[b"a"] * 100, pause=0.05), 1000, AccessPolicy(timeout=0.12, min_upload_rate=1000))
+    error = refused(read_all, slow)
+    assert error.status == 408 and "did not arrive in time" in str(error)
 
 
-def test_around_every_request():
+def test_the_middleware_around_every_request():
     from srsys.serve.access import AccessPolicy
 
     # serve/05_access.ipynb #lesson-frame
     with TestClient(small_app(AccessPolicy())) as client:
-        answer = client.post(
-            "/v1/restore",
-            content=b"x" * 1000,
-            headers={"X-Request-Id": "lesson-0001", "Origin": "https://elsewhere.example"},
-        )
-        assert (
-            answer.json() == {"bytes": 1000}
-            and answer.headers["x-request-id"] == "lesson-0001"
-            and not [h for h in answer.headers if h.startswith("access-control")]
-        )
-        assert client.get("/livez", headers={"X-Request-Id": "a b"}).headers["x-request-id"] != "a b", (
-            "an id that is none is replaced"
-        )
-        for status, word, answer in [
-            (413, "too_large", client.post("/v1/restore", content=b"x" * 1001)),
-            (413, "too_large", client.post("/v1/restore", content=(bytes(300) for _ in range(5)))),
+        headers = {"X-Request-Id": "lesson-0001", "Origin": "https://elsewhere.example"}
+        response = client.post("/v1/restore", content=b"x" * 1000, headers=headers)
+        assert response.json() == {"bytes": 1000}
+        assert response.headers["x-request-id"] == "lesson-0001"
+        assert not [name for name in response.headers if name.startswith("access-control")]
+        given = client.get("/livez", headers={"X-Request-Id": "a b"}).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", given), "an invalid id is replaced"
+
+        long_form = (bytes(300_000) for _ in range(5))
+        for status, word, detail, response in [
+            (413, "too_large", "limit of 1,000 bytes", client.post("/v1/restore", content=b"x" * 1001)),
             (
                 413,
                 "too_large",
-                client.post(
-                    "/v1/feedback",
-                    content=(bytes(300_000) for _ in range(5)),
-                    headers={"content-type": "application/json"},
-                ),
+                "limit of 1,000 bytes",
+                client.post("/v1/restore", content=(bytes(300) for _ in range(5))),
             ),
-            (403, "cross_site", client.post("/v1/restore", headers={"Sec-Fetch-Site": "cross-site"})),
-            (500, "internal_error", client.get("/broken")),
+            (
+                413,
+                "too_large",
+                "limit of 1,048,576 bytes",
+                client.post("/v1/feedback", content=long_form, headers={"content-type": "application/json"}),
+            ),
+            (403, "cross_site", "other sites", client.post("/v1/restore", headers={"Sec-Fetch-Site": "cross-site"})),
+            (500, "internal_error", "something went wrong on the server", client.get("/broken")),
         ]:
-            assert (answer.status_code, answer.json()["error"]) == (status, word) and answer.json()[
-                "request_id"
-            ] == answer.headers["x-request-id"]
-            assert "home" not in answer.text
-            print(status, answer.json()["detail"])
+            body = response.json()
+            assert (response.status_code, body["error"]) == (status, word)
+            assert detail in body["detail"]
+            assert body["request_id"] == response.headers["x-request-id"]
+            assert "home" not in response.text, "the exception's text is not revealed"
     client.get("/livez").headers
 
     # serve/05_access.ipynb #lesson-frame-tokens
     metrics = Metrics()
     with TestClient(small_app(AccessPolicy(TOKENS, per_minute=2), metrics=metrics)) as client:
         assert client.get("/livez").status_code == 200
-        assert client.post("/v1/restore").headers["www-authenticate"] == "Bearer" and client.get("/").headers[
-            "www-authenticate"
-        ].startswith("Basic")
-        bearer, browser = {"Authorization": f"Bearer {TOKENS[0]}"}, base64.b64encode(f":{TOKENS[1]}".encode()).decode()
-        answers = [client.post("/v1/restore", headers=bearer) for _ in range(3)]
-        assert [answer.status_code for answer in answers] == [200, 200, 429] and 1 <= int(
-            answers[2].headers["retry-after"]
-        ) <= 31
-        assert client.post("/v1/restore", headers={"Authorization": f"Basic {browser}"}).status_code == 200, (
-            "the other token has a bucket of its own"
-        )
-        assert client.post("/v1/restore", headers={"Authorization": "Bearer correct-horse-batterx"}).status_code == 401
+        assert client.post("/v1/restore").headers["www-authenticate"] == "Bearer"
+        assert client.get("/").headers["www-authenticate"].startswith("Basic")
+        bearer = {"Authorization": f"Bearer {TOKENS[0]}"}
+        basic = {"Authorization": "Basic " + base64.b64encode(f":{TOKENS[1]}".encode()).decode()}
+        responses = [client.post("/v1/restore", headers=bearer) for _ in range(3)]
+        assert [response.status_code for response in responses] == [200, 200, 429]
+        assert 1 <= int(responses[2].headers["retry-after"]) <= 31
+        assert client.post("/v1/restore", headers=basic).status_code == 200, "the other token has a bucket of its own"
+        wrong = {"Authorization": "Bearer correct-horse-batterx"}
+        assert client.post("/v1/restore", headers=wrong).status_code == 401
     assert metrics.registry.get_sample_value("srsys_http_requests_total", {"route": "/v1/restore", "code": "401"}) == 2
 
 
-def test_before_there_is_a_request():
+def test_a_timeout_for_the_head_of_a_request():
     from srsys.serve.access import AccessPolicy, TimeoutH11Protocol
 
     # serve/05_access.ipynb #lesson-patient
     class Running:
-        "A service in a thread, with little patience."
+        "A service in a thread, with a short timeout."
 
-        def __init__(self, app, terms):
-            protocol = functools.partial(TimeoutH11Protocol, patience=terms.patience)
+        def __init__(self, app, policy):
+            protocol = functools.partial(TimeoutH11Protocol, head_timeout=policy.timeout)
             self.server = uvicorn.Server(
                 uvicorn.Config(app, port=0, log_level="critical", http=protocol, timeout_keep_alive=30)
             )
@@ -216,7 +207,7 @@ def test_before_there_is_a_request():
 
         def __enter__(self):
             self.thread.start()
-            until(lambda: self.server.started)
+            wait_until(lambda: self.server.started)
             return self.server.servers[0].sockets[0].getsockname()
 
         def __exit__(self, *_):
@@ -224,40 +215,41 @@ def test_before_there_is_a_request():
             self.thread.join(60)
 
     def talk(address, *pieces, pause=0.0):
-        "What a server says to a client that sends some pieces, with pauses, and then waits."
-        with socket.create_connection(address, timeout=60) as line:
+        "Send some pieces with pauses between them, and return all that the server sends until it closes the connection."
+        with socket.create_connection(address, timeout=60) as connection:
             for piece in pieces:
                 with suppress(OSError):
-                    line.sendall(piece)
+                    connection.sendall(piece)
                 time.sleep(pause)
-            said = b""
+            received = b""
             with suppress(ConnectionResetError):
-                while piece := line.recv(65536):
-                    said += piece
-        return said
+                while piece := connection.recv(65536):
+                    received += piece
+        return received
 
     def head(*more):
         return b"\r\n".join([b"POST /v1/restore HTTP/1.1", b"Host: x", *more, b"", b""])
 
-    terms = AccessPolicy(patience=0.5)
-    with Running(small_app(terms), terms) as address:
-        for what, said in {
+    policy = AccessPolicy(timeout=0.5)
+    with Running(small_app(policy), policy) as address:
+        for case, received in {
             "silence": talk(address),
             "half a head": talk(address, b"POST /v1/restore HT"),
             "a head that never ends": talk(address, b"POST /v1/restore HTTP/1.1\r\n", *[b"X-A: b\r\n"] * 8, pause=0.1),
             "a body that does not come": talk(address, head(b"Content-Length: 900"), b"x"),
-            "one in pieces that do not come": talk(address, head(b"Transfer-Encoding: chunked"), b"1\r\nx\r\n"),
+            "chunks that do not come": talk(address, head(b"Transfer-Encoding: chunked"), b"1\r\nx\r\n"),
             "a second request that stops": talk(
                 address, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /li", pause=0.2
             ),
         }.items():
-            assert said.count(b"HTTP/1.1 408 Request Timeout\r\n") == 1 and b'"too_slow"' in said, (what, said)
-            print(f"{what:32} → {said.splitlines()[-1].decode()[:70]}")
-        for too_much in (head(b"Content-Length: 2000"), head(b"Transfer-Encoding: chunked") + b"5dc\r\n"):
-            assert b"HTTP/1.1 413 " in talk(address, too_much, bytes(1500)), (
-                "said at once, and not lost on a sender who is still talking"
+            assert received.count(b"HTTP/1.1 408 Request Timeout\r\n") == 1, (case, received)
+            assert b'"too_slow"' in received, (case, received)
+            print(f"{case:32} → {received.splitlines()[-1].decode()[:70]}")
+        for start in (head(b"Content-Length: 2000"), head(b"Transfer-Encoding: chunked") + b"5dc\r\n"):
+            assert b"HTTP/1.1 413 " in talk(address, start, bytes(1500)), (
+                "a client that is still sending sees the refusal"
             )
-        whole = talk(
+        received = talk(
             address,
             head(b"Content-Length: 3"),
             b"abc",
@@ -265,4 +257,4 @@ def test_before_there_is_a_request():
             b"de",
             pause=0.3,
         )
-        assert b'{"bytes":3}' in whole and b'{"bytes":2}' in whole, "who is slow but not too slow is served"
+        assert b'{"bytes":3}' in received and b'{"bytes":2}' in received, "slow but within the limits: served"

@@ -6,23 +6,23 @@ from skimage import data
 
 from srsys import image
 from srsys.registry import store
-from srsys.serve.admission import as_request_error
+from srsys.serve.admission import RequestError
 
 # serve/02_admission.ipynb #lesson-objects
 PHOTO = data.astronaut()[:96, 160:320].copy()
 
 
-def status(do, *args):
-    "Status and text of the refusal."
+def refusal(do, *args):
+    "Error word and message of the RequestError that `do` raises."
     try:
         do(*args)
-    except Exception as error:
-        return as_request_error(error).status, str(error)
+    except RequestError as error:
+        return error.error, error.detail
     raise AssertionError("that should have been refused")
 
 
-def test_what_is_accepted():
-    from srsys.serve.admission import ServerLimits
+def test_limits_and_errors():
+    from srsys.serve.admission import ServerLimits, as_request_error
 
     # serve/02_admission.ipynb #lesson-limits
     assert [
@@ -36,20 +36,18 @@ def test_what_is_accepted():
     ServerLimits()
 
 
-def test_an_ask_and_its_result():
+def test_a_request_and_its_result():
     from srsys.serve.admission import RestoreRequest, ServerLimits, resolve_scale
 
     # serve/02_admission.ipynb #lesson-ask
-    assert resolve_scale(RestoreRequest(Path("x"), scale=(1920, 1080)), image.Header(480, 270, 3), ServerLimits()) == 4
-    assert (
-        resolve_scale(RestoreRequest(Path("x"), scale=(3840, 2160)), image.Header(30, 20, 3), ServerLimits()) == 8
-    )  # as far as it goes
-    for scale in (50.0, (100, 50)):
-        print(
-            status(
-                resolve_scale,
-                RestoreRequest(Path("x"), "cat.png", scale=scale),
-                image.Header(160, 96, 3),
-                ServerLimits(),
-            )
-        )
+    def scale_for(scale, header):
+        return resolve_scale(RestoreRequest(Path("x"), "cat.png", scale=scale), header, ServerLimits())
+
+    assert scale_for((1920, 1080), image.Header(480, 270, 3)) == 4
+    assert scale_for((3840, 2160), image.Header(30, 20, 3)) == 8, "no larger than the limit"
+    photo = image.Picture(PHOTO).header
+    assert refusal(scale_for, 50.0, photo) == ("bad_scale", "the scale must be between 1 and 8, not 50")
+    assert refusal(scale_for, (100, 50), photo) == (
+        "already_large",
+        "cat.png has 160×96 pixels and is already as large as that",
+    )

@@ -2,6 +2,7 @@
 import asyncio
 
 # serve/08_api.ipynb #lesson-imports
+import dataclasses
 import sqlite3
 import tempfile
 import threading
@@ -14,13 +15,15 @@ from unittest import mock
 import torch
 from fastapi.testclient import TestClient
 from skimage import data
+from starlette.datastructures import FormData, UploadFile
 
 from srsys import image
 from srsys.models import weights
 from srsys.models.networks import CompactNet
 from srsys.registry import store
+from srsys.restore import restorer
 from srsys.serve.access import AccessPolicy
-from srsys.serve.admission import RestoreRequest, ServerLimits, as_request_error
+from srsys.serve.admission import RestoreRequest, ServerLimits
 from srsys.serve.engine import Engine
 from srsys.serve.model_table import ModelTable, load_table
 
@@ -30,7 +33,7 @@ PHOTO = data.astronaut()[:96, 160:320].copy()  # 160×96, small enough for an un
 
 
 def tiny(name, scale, seed=0):
-    "Untrained weights with a card, in a file."
+    "A file of untrained weights with a card."
     torch.manual_seed(seed)
     net = CompactNet(scale, features=4, convs=1)
     path = Path(lesson_home.name) / f"{name}.safetensors"
@@ -45,32 +48,23 @@ SHIPPED = {f"{family}-x{scale}": tiny(f"{family}-x{scale}", scale) for family in
 
 
 def picture_file(pixels=PHOTO, name="astronaut.png"):
-    "A picture in a file of its own."
+    "A picture in a new file."
     path = Path(tempfile.mkdtemp(dir=lesson_home.name)) / name
     image.save_picture(image.Picture(pixels), path)
     return path
 
 
-def status(do, *args):
-    "Status and text of the refusal."
-    try:
-        do(*args)
-    except Exception as error:
-        return as_request_error(error).status, str(error).replace(lesson_home.name, "…")
-    raise AssertionError("that should have been refused")
-
-
 def run(coroutine):
-    "What a coroutine returns; in a thread of its own, because a notebook already runs a loop in this one."
+    "Run a coroutine in a thread of its own, because a notebook already runs an event loop in this one."
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def until(happened, seconds=30):
-    "Wait for something, but not for ever."
+def wait_until(condition, seconds=30):
+    "Wait for a condition, with a timeout."
     end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -79,58 +73,76 @@ def work_folder():
 
 
 def test_reading_a_form():
-    from srsys.serve.api import choose_format, safe_filename
+    from srsys.serve.api import RestoreFields, choose_format, parse_restore_request, safe_filename
 
     # serve/08_api.ipynb #lesson-read-ask
     assert safe_filename("holiday.jpg") == "holiday.jpg"
-    assert safe_filename("../../etc/passwd") == "passwd" and safe_filename("C:\\photos\\cat.png") == "cat.png"
-    assert safe_filename('a\r\nSet-Cookie: "x"\u202e\x9b') == "aSet-Cookie x" and safe_filename(None) == "picture"
+    assert safe_filename("../../etc/passwd") == "passwd"
+    assert safe_filename("C:\\photos\\cat.png") == "cat.png"
+    assert safe_filename('a\r\nSet-Cookie: "x"\u202e\x9b') == "aSet-Cookie x"
+    assert safe_filename(None) == "picture"
     chrome = "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"
-    wishes = [
-        "",
-        "*/*",
-        "image/webp",
-        chrome,
-        "image/jpeg;q=0.9, image/tiff",
-        "image/png;q=0, image/*;q=0.5",
-        "text/html",
-        "image/jpeg;q=yes",
-    ]
-    {accept: choose_format(accept) for accept in wishes}
+    for accept, format in {
+        "": "png",
+        "*/*": "png",
+        "image/webp": "webp",
+        chrome: "png",
+        "image/jpeg;q=0.9, image/tiff": "tiff",
+        "image/png;q=0, image/*;q=0.5": "jpeg",
+        "text/html": "png",
+        "image/jpeg;q=yes": "png",
+    }.items():
+        assert choose_format(accept) == format, accept
 
-    # serve/08_api.ipynb #lesson-formats
-    assert [choose_format(accept) for accept in wishes] == ["png", "png", "webp", "png", "tiff", "jpeg", "png", "png"]
+    # serve/08_api.ipynb #lesson-fields
+    upload = UploadFile(open(picture_file(), "rb"), filename="photos/cat.png")
+    form = FormData([("file", upload), ("scale", "2"), ("quality", "90")])
+    parsed = parse_restore_request(form, work_folder(), accept="image/webp")
+    assert (parsed.name, parsed.model, parsed.scale, parsed.format, parsed.quality) == (
+        "cat.png",
+        "photo",
+        2,
+        "webp",
+        90,
+    )
+    in_engine = {field.name for field in dataclasses.fields(RestoreRequest)}
+    assert in_engine == {"source", "name", *RestoreFields.model_fields}, (
+        "the engine's request has every field of the form"
+    )
 
 
-def test_the_answer():
-    from srsys.serve.api import make_etag
+def test_the_response():
+    from srsys.serve.api import RestoreFields, make_etag
 
     # serve/08_api.ipynb #lesson-tag
-    ask = RestoreRequest(picture_file(), scale=2.0)
-    tag = make_etag(ask, "srsys-photo-x2/1")
-    assert tag == make_etag(RestoreRequest(picture_file(), "another-name.png", scale=2.0), "srsys-photo-x2/1"), (
-        "the same bytes and wishes"
-    )
-    others = [
-        make_etag(RestoreRequest(picture_file(PHOTO[::-1]), scale=2.0), "srsys-photo-x2/1"),
-        make_etag(ask, "srsys-photo-x2/2"),
-        make_etag(RestoreRequest(ask.source, scale=4.0), "srsys-photo-x2/1"),
-    ]
-    assert len({tag, *others}) == 4
-    tag
+    restore_request = RestoreRequest(picture_file(), scale=2.0)
+    etag = make_etag(restore_request, "srsys-photo-x2/1")
+    renamed = RestoreRequest(picture_file(), "another-name.png", "photo-x2", scale=2.0)
+    assert make_etag(renamed, "srsys-photo-x2/1") == etag, "the same bytes, fields and model"
+    others = {
+        "content": make_etag(RestoreRequest(picture_file(PHOTO[::-1]), scale=2.0), "srsys-photo-x2/1"),
+        "label": make_etag(restore_request, "srsys-photo-x2/2"),
+    }
+    for name, value in {"scale": 4.0, "format": "jpeg", "quality": 50}.items():
+        others[name] = make_etag(dataclasses.replace(restore_request, **{name: value}), "srsys-photo-x2/1")
+    assert {"model", *others} == {"content", "label", *RestoreFields.model_fields}, "every field of the form is tried"
+    assert len({etag, *others.values()}) == 1 + len(others), "everything that changes the result changes the ETag"
 
 
-def test_the_contract_for_programs():
-    from srsys.serve.api import _FORM, error_responses
+def test_the_openapi_document():
+    from srsys.serve.api import RestoreFields, error_responses, form_schema
 
     # serve/08_api.ipynb #lesson-contract
-    for code, answer in error_responses(413, 422).items():
-        words = answer["content"]["application/json"]["schema"]["properties"]["error"]["enum"]
-        print(code, answer["description"], words)
-        assert set(words) == set(answer["content"]["application/json"]["examples"])
+    for status, description in error_responses(413, 422).items():
+        content = description["content"]["application/json"]
+        words = content["schema"]["properties"]["error"]["enum"]
+        print(status, description["description"], words)
+        assert set(words) == set(content["examples"])
+    properties = form_schema()["properties"]
+    assert list(properties) == ["file", *RestoreFields.model_fields], "every field of the form is described"
     {
         name: {key: value for key, value in field.items() if key not in ("title", "description")}
-        for name, field in _FORM["properties"].items()
+        for name, field in properties.items()
     }
 
 
@@ -138,10 +150,10 @@ def test_the_service():
     from srsys.serve.api import ERROR_STATUS_TEXT, create_api, wait_for_result
 
     # serve/08_api.ipynb #lesson-app
-    def served(limits=ServerLimits(), terms=AccessPolicy(), votes=None):  # noqa: B008
-        "A client of a service whose models are warm, to be used in a with statement."
+    def served(limits=ServerLimits(), policy=AccessPolicy(), feedback_db=None):  # noqa: B008
+        "A client of a service whose models are loaded, to be used in a with statement."
         engine = Engine(lambda: table, limits)
-        client = TestClient(create_api(engine, votes or work_folder() / "feedback.db", terms))
+        client = TestClient(create_api(engine, feedback_db or work_folder() / "feedback.db", policy))
         engine.warm()
         return client
 
@@ -149,131 +161,122 @@ def test_the_service():
         table = load_table(None, device="cpu")
     upload = {"file": ("cat.png", picture_file().read_bytes(), "image/png")}
     with served() as client:
-        answer = client.post(
-            "/v1/restore", files=upload, data={"scale": "2", "model": "fast"}, headers={"X-Request-Id": "lesson-0001"}
-        )
-        assert answer.status_code == 200, answer.text
-        picture = image.open_picture(answer.content)
+        fields, headers = {"scale": "2", "model": "fast"}, {"X-Request-Id": "lesson-0001"}
+        response = client.post("/v1/restore", files=upload, data=fields, headers=headers)
+        assert response.status_code == 200, response.text
+        picture = image.open_picture(response.content)
         assert (picture.width, picture.height) == (320, 192)
         listed = client.get("/v1/models").json()
-        assert [m["name"] for m in listed["models"]] == sorted(SHIPPED) and listed["default"] == "photo"
-        assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
+        assert [model["name"] for model in listed["models"]] == sorted(SHIPPED)
+        assert listed["default"] == "photo"
+        assert client.get("/livez").status_code == 200
+        assert client.get("/readyz").status_code == 200
         assert client.get("/version").json()["models"]["fast-x2"] == "fast-x2/shipped"
+    assert response.headers["content-disposition"] == 'inline; filename="cat-x2.png"'
+    assert response.headers["x-model-version"] == "fast-x2/shipped"
     {
         name: value
-        for name, value in answer.headers.items()
+        for name, value in response.headers.items()
         if name.startswith("x-") or name in ("server-timing", "content-disposition", "etag")
     }
 
     # serve/08_api.ipynb #lesson-app-again
-    votes = work_folder() / "feedback.db"
+    feedback_db = work_folder() / "feedback.db"
     with (
-        served(votes=votes) as client,
+        served(feedback_db=feedback_db) as client,
         mock.patch.object(Engine, "submit", autospec=True, side_effect=Engine.submit) as submitted,
     ):
         first = client.post("/v1/restore", files=upload, data={"scale": "2"}, headers={"Accept": "image/webp"})
-        assert first.headers["content-type"] == "image/webp" and image.open_picture(first.content).format == "webp"
-        for changed, code in [({}, 304), ({"scale": "4"}, 200), ({"quality": "50"}, 200)]:
-            again = client.post(
-                "/v1/restore",
-                files=upload,
-                data={"scale": "2"} | changed,
-                headers={"Accept": "image/webp", "If-None-Match": f'"x", {first.headers["etag"]}'},
-            )
-            assert again.status_code == code and (again.headers["etag"] == first.headers["etag"]) == (code == 304)
+        assert first.headers["content-type"] == "image/webp"
+        assert image.open_picture(first.content).format == "webp"
+        headers = {"Accept": "image/webp", "If-None-Match": f'"x", {first.headers["etag"]}'}
+        for changed, status in [({}, 304), ({"scale": "4"}, 200), ({"quality": "50"}, 200)]:
+            again = client.post("/v1/restore", files=upload, data={"scale": "2"} | changed, headers=headers)
+            assert again.status_code == status
+            assert (again.headers["etag"] == first.headers["etag"]) == (status == 304)
         assert submitted.call_count == 3, "one of the four was not restored"
         vote = client.post("/v1/feedback", json={"request_id": first.headers["x-request-id"], "vote": "up"})
         assert vote.status_code == 201
-        with closing(sqlite3.connect(votes)) as db:
+        with closing(sqlite3.connect(feedback_db)) as db:
             assert db.execute("SELECT vote, model FROM feedback").fetchall() == [("up", "photo-x2/shipped")]
         contract = client.get("/openapi.json").json()
         form = contract["paths"]["/v1/restore"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-        assert (
-            form["properties"]["model"]["enum"] == ["fast", "fast-x2", "fast-x4", "photo", "photo-x2", "photo-x4"]
-            and "security" not in contract
-        )
-    with served(terms=AccessPolicy(("a-token-of-16-characters",))) as client:
+        assert form["properties"]["model"]["enum"] == ["fast", "fast-x2", "fast-x4", "photo", "photo-x2", "photo-x4"]
+        assert "security" not in contract
+    with served(policy=AccessPolicy(("a-token-of-16-characters",))) as client:
         assert client.get("/openapi.json").json()["error"] == "unauthorized"
-        assert client.get("/openapi.json", headers={"Authorization": "Bearer a-token-of-16-characters"}).json()[
-            "security"
-        ] == [{"token": []}]
+        contract = client.get("/openapi.json", headers={"Authorization": "Bearer a-token-of-16-characters"}).json()
+        assert contract["security"] == [{"token": []}]
 
     # serve/08_api.ipynb #lesson-app-fails
     good = picture_file().read_bytes()
-    cases = [
-        ("no form", {}, {"scale": "2"}),
-        ("an address for a file", {"model": (None, "photo")}, {"file": "http://127.0.0.1/cat.png"}),
-        ("a file for a field", {"scale": ("cat.png", good)}, {}),
-        ("text", {"file": ("cat.jpg", b"Dear Sir or Madam")}, {}),
-        ("cut off", {"file": ("cat.png", good[: len(good) // 2])}, {}),
-        ("nothing", {"file": ("cat.png", b"")}, {}),
-        ("unknown model", {"file": ("cat.png", good)}, {"model": "mystery"}),
-        ("a path as model", {"file": ("cat.png", good)}, {"model": "/etc/passwd"}),
-        ("scale", {"file": ("cat.png", good)}, {"scale": "many"}),
-        ("scale", {"file": ("cat.png", good)}, {"scale": "nan"}),
-        ("format", {"file": ("cat.png", good)}, {"format": "exe"}),
-        ("quality", {"file": ("cat.png", good)}, {"quality": "101"}),
-        ("field", {"file": ("cat.png", good)}, {"url": "http://127.0.0.1/cat.png"}),
-        ("a long field", {"file": ("cat.png", good)}, {"model": "x" * 5000}),
-        ("a thousand fields", {"file": ("cat.png", good)}, {f"f{i}": "" for i in range(1000)}),
-        ("bytes", {"file": ("cat.png", good + bytes(300_000))}, {}),
-        ("pixels out", {"file": ("cat.png", good)}, {"scale": "8"}),
+    as_form = {"file": ("cat.png", good)}
+    thousand = {f"f{i}": "" for i in range(1000)}
+    cases = [  # status, error word, a part of the detail, files, fields
+        (415, "not_a_form", "expected multipart/form-data", {}, {"scale": "2"}),
+        (422, "bad_form", "no field 'file'", {"model": (None, "photo")}, {"file": "http://127.0.0.1/cat.png"}),
+        (422, "bad_form", "no field 'file'", {"scale": ("cat.png", good)}, {}),
+        (415, "not_an_accepted_format", "cat.jpg", {"file": ("cat.jpg", b"Dear Sir or Madam")}, {}),
+        (422, "broken_image", "broken or incomplete", {"file": ("cat.png", good[: len(good) // 2])}, {}),
+        (422, "broken_image", "the file is empty", {"file": ("cat.png", b"")}, {}),
+        (422, "unknown_model", "mystery", as_form, {"model": "mystery"}),
+        (422, "unknown_model", "/etc/passwd", as_form, {"model": "/etc/passwd"}),
+        (422, "bad_form", "'scale'", as_form, {"scale": "many"}),
+        (422, "bad_form", "'scale'", as_form, {"scale": "nan"}),
+        (422, "bad_form", "'format'", as_form, {"format": "exe"}),
+        (422, "bad_form", "'quality'", as_form, {"quality": "101"}),
+        (422, "bad_form", "'url'", as_form, {"url": "http://127.0.0.1/cat.png"}),
+        (422, "bad_form", "expected a multipart form", as_form, {"model": "x" * 5000}),
+        (422, "bad_form", "expected a multipart form", as_form, thousand),
+        (413, "too_large", "limit of 200,000 bytes", {"file": ("cat.png", good + bytes(300_000))}, {}),
+        (413, "too_large", "pixels", as_form, {"scale": "8"}),
     ]
     with served(ServerLimits(bytes=200_000, pixels_out=500_000)) as client:
-        for what, files, fields in cases:
-            answer = client.post("/v1/restore", files=files, data=fields)
-            body = answer.json()
-            assert (
-                400 <= answer.status_code < 500
-                and set(body) == {"error", "detail", "request_id"}
-                and body["request_id"]
-            )
-            assert body["error"] in ERROR_STATUS_TEXT[answer.status_code][1], "the contract has a word for it"
-            print(answer.status_code, what, "→", body["detail"])
-        unannounced = client.post(
-            "/v1/restore",
-            content=(bytes(50_000) for _ in range(9)),
-            headers={"content-type": "multipart/form-data; boundary=x"},
-        )
+        for status, word, detail, files, fields in cases:
+            response = client.post("/v1/restore", files=files, data=fields)
+            body = response.json()
+            assert (response.status_code, body["error"]) == (status, word), body
+            assert detail in body["detail"], body
+            assert set(body) == {"error", "detail", "request_id"} and body["request_id"]
+            assert word in ERROR_STATUS_TEXT[status][1], "the OpenAPI document has this word"
+            print(status, body["detail"])
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        unannounced = client.post("/v1/restore", content=(bytes(50_000) for _ in range(9)), headers=headers)
         assert unannounced.status_code == 413
-        assert (
-            client.post("/v1/restore", content=b"x", headers={"content-type": "multipart/form-data"}).status_code == 422
-        )
-        assert (
-            client.post("/v1/feedback", json={"request_id": "a" * 32, "vote": "sideways"}).json()["error"]
-            == "bad_request"
-        )
-        assert (
-            client.post("/v1/feedback", content=b"\xff", headers={"content-type": "application/json"}).status_code
-            == 422
-        )
-        assert (
-            client.get("/v1/restore").json()["error"] == "method_not_allowed"
-            and client.get("/v1/restore").headers["allow"] == "POST"
-        )
+        without_boundary = client.post("/v1/restore", content=b"x", headers={"content-type": "multipart/form-data"})
+        assert without_boundary.status_code == 422
+        sideways = client.post("/v1/feedback", json={"request_id": "a" * 32, "vote": "sideways"})
+        assert (sideways.status_code, sideways.json()["error"]) == (422, "bad_request")
+        not_json = client.post("/v1/feedback", content=b"\xff", headers={"content-type": "application/json"})
+        assert not_json.status_code == 422
+        wrong_method = client.get("/v1/restore")
+        assert wrong_method.json()["error"] == "method_not_allowed" and wrong_method.headers["allow"] == "POST"
         assert client.get("/v2/nothing").json()["error"] == "not_found"
-        assert client.post("/v1/restore", files=upload).status_code == 200, "and the next good picture succeeds"
+        assert client.post("/v1/restore", files=upload).status_code == 200, "the next good picture succeeds"
 
     # serve/08_api.ipynb #lesson-not-ready
     broken = Engine(mock.Mock(side_effect=store.RegistryError("the registry does not answer")))
     with TestClient(create_api(broken, work_folder() / "feedback.db")) as client:
-        until(client.app.state.warming.done)
+        wait_until(client.app.state.warming.done)
         assert client.get("/livez").status_code == 200
-        print(client.get("/readyz").json()["detail"])
-        answer = client.post("/v1/restore", files=upload)
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        not_ready = client.get("/readyz")
+        assert (not_ready.status_code, not_ready.json()["detail"]) == (503, "the registry does not answer")
+        response = client.post("/v1/restore", files=upload)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
         assert client.get("/v1/models").json()["models"] == []
     empty = Engine(lambda: ModelTable())
     with TestClient(create_api(empty, work_folder() / "feedback.db")) as client:
-        until(client.app.state.warming.done)
-        print(client.get("/readyz").json()["detail"])
-        with mock.patch.object(Engine, "submit", side_effect=KeyError("/home/me")):
-            answer = client.post("/v1/restore", files=upload)
-        print(answer.status_code, answer.json()["detail"])
+        wait_until(client.app.state.warming.done)
+        assert client.get("/readyz").json()["detail"] == "no model can be served"
+        assert client.post("/v1/restore", files=upload).json()["error"] == "unknown_model"
+    with served() as client, mock.patch.object(Engine, "submit", side_effect=KeyError("/home/me")):
+        response = client.post("/v1/restore", files=upload)
+        assert (response.status_code, response.json()["error"]) == (500, "internal_error")
+        assert "home" not in response.text
 
     # serve/08_api.ipynb #lesson-leaves
-    class Gone:
-        "A request whose client has left."
+    class DisconnectedRequest:
+        "A request whose client has disconnected."
 
         async def receive(self):
             return {"type": "http.disconnect"}
@@ -284,7 +287,10 @@ def test_the_service():
     with mock.patch.object(ModelTable, "choose", lambda *args: gate.wait(10) and chosen):
         job = engine.submit(RestoreRequest(picture_file()), work_folder())
         threading.Timer(0.6, gate.set).start()
-        code, said = status(run, wait_for_result(job, Gone()))
-    assert code == 499
-    print(said)
+        try:
+            run(wait_for_result(job, DisconnectedRequest()))
+        except restorer.Cancelled as error:
+            assert "cancelled" in str(error)
+        else:
+            raise AssertionError("the job should have been cancelled")
     engine.close()

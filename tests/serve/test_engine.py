@@ -48,19 +48,20 @@ def picture_file(pixels=PHOTO, name="astronaut.png"):
     return path
 
 
-def status(do, *args):
-    "Status and text of the refusal."
+def refusal(do, *args):
+    "Status and text of the error that `do` raises, as a client would see them."
     try:
         do(*args)
     except Exception as error:
-        return as_request_error(error).status, str(error).replace(lesson_home.name, "…")
+        answer = as_request_error(error)
+        return answer.status, answer.detail
     raise AssertionError("that should have been refused")
 
 
-def until(happened, seconds=60):
-    "Wait for something, but not for ever."
+def until(condition, seconds=60):
+    "Wait for a condition, but not for ever."
     end = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
 
@@ -79,17 +80,17 @@ def ready_engine(limits=ServerLimits(), **options):  # noqa: B008
 
 
 class HeldUp:
-    "The device waits before its first tile, until it is let go."
+    "While this lasts the device waits before its next tile, until `gate` is set."
 
     def __init__(self):
-        self.entered, self.gate, run = threading.Event(), threading.Event(), restore.run_tiles
+        self.entered, self.gate, run = threading.Event(), threading.Event(), restore.Restorer.run_tiles
 
         def held(restorer, tiles):
             self.entered.set()
             assert self.gate.wait(60)
             return run(restorer, tiles)
 
-        self.patch = mock.patch.object(restore, "run_tiles", held)
+        self.patch = mock.patch.object(restore.Restorer, "run_tiles", held)
 
     def __enter__(self):
         self.patch.start()
@@ -100,21 +101,21 @@ class HeldUp:
         self.patch.stop()
 
 
-def test_a_job():
+def test_a_job_and_its_states():
     from srsys.serve.engine import RestoreJob, measure_result, run_job_steps
 
     # serve/04_engine.ipynb #lesson-flow
     job = RestoreJob(RestoreRequest(picture_file(), "astronaut.png"), work_folder())
-    job.header, _ = worker_pool.decode_to_raw(job.ask.source, job.raw("in"))
-    slow = restore.Restorer(weights.load(SHIPPED["photo-x4"]), device="cpu", tile=64)
-    steps, answer = run_job_steps(job, slow, 3.0), None
+    job.header, _ = worker_pool.decode_to_raw(job.request.source, job.raw_source)
+    restorer = restore.Restorer(weights.load(SHIPPED["photo-x4"]), device="cpu", tile=64)
+    steps, result = run_job_steps(job, restorer, 3.0), None
     try:
         while True:
-            tile = steps.send(answer)
-            answer = tile and restore.run_tiles(slow, [tile])[0]
+            tile = steps.send(result)
+            result = restorer.run_tiles([tile])[0] if tile else None
     except StopIteration as end:
         plan = end.value
-    assert (plan.width, plan.height, plan.tiles) == (480, 288, 6) and job.raw("out").stat().st_size == 480 * 288 * 3
+    assert (plan.width, plan.height, plan.tiles) == (480, 288, 6) and job.raw_result.stat().st_size == 480 * 288 * 3
     db, measures = measure_result(job, plan)
     print(f"{db:.1f} dB", {name: round(value, 2) for name, value in measures.items()})
     assert db > 20 and abs(db - measures["consistency_db"]) < 0.1 and measures["jpeg"] == 0
@@ -124,95 +125,116 @@ def test_whose_turn_it_is():
     from srsys.serve.engine import RestoreJob, choose_next_job
 
     # serve/04_engine.ipynb #lesson-turns
-    def shared(*sizes):
-        "Who has which turn; each picture is (name, time of its arrival, tiles, seconds of a tile)."
-        waiting, clock, since, turns = (
-            [
-                (RestoreJob(RestoreRequest(Path(name), name), Path(), admitted=at), tiles, each)
-                for name, at, tiles, each in sizes
-            ],
-            0.0,
-            0.0,
-            [],
-        )
-        while waiting:
-            there = [w for w in waiting if w[0].admitted <= clock]
-            job = choose_next_job([w[0] for w in there], since)
-            _, tiles, each = next(w for w in there if w[0] is job)
-            since = 0.0 if job is min((w[0] for w in there), key=lambda j: j.admitted) else since + each
-            clock, job.last, job.spent["infer"] = clock + each, each, job.spent["infer"] + each
-            turns.append(job.ask.name)
-            waiting = [(j, t - (j is job), e) for j, t, e in waiting if j is not job or t > 1]
-        return "".join(turns)
+    def turns(*pictures):
+        "The order of turns; each picture is (name, time of its arrival, tiles, seconds for a tile)."
+        jobs = {
+            name: RestoreJob(RestoreRequest(Path(name), name), Path(), admitted=arrival)
+            for name, arrival, _, _ in pictures
+        }
+        tiles_left = {name: tiles for name, _, tiles, _ in pictures}
+        tile_seconds = {name: seconds for name, _, _, seconds in pictures}
+        clock, seconds_of_others, order = 0.0, 0.0, []
+        while any(tiles_left.values()):
+            present = [job for name, job in jobs.items() if tiles_left[name] and job.admitted <= clock]
+            job = choose_next_job(present, seconds_of_others)
+            name, oldest = job.request.name, min(present, key=lambda job: job.admitted)
+            job.last_turn = tile_seconds[name]
+            job.seconds["infer"] += tile_seconds[name]
+            clock += tile_seconds[name]
+            seconds_of_others = 0.0 if job is oldest else seconds_of_others + tile_seconds[name]
+            tiles_left[name] -= 1
+            order.append(name)
+        return "".join(order)
 
-    assert shared(*[(name, 0, 1, 0.1) for name in "abcd"]) == "abcd", "first come, first served"
-    print(shared(("G", 0, 9, 0.4), *[(name, 0.3, 1, 0.1) for name in "abcdefgh"]))
-    assert shared(("G", 0, 9, 0.4), *[(name, 0.3, 1, 0.1) for name in "abcdefgh"]) == "GabcdGefghGGGGGGG"
-    assert shared(("G", 0, 4, 0.4), ("H", 0.1, 4, 0.4), ("a", 0.2, 1, 0.1)) == "GHGaHGHGH"
+    assert turns(*[(name, 0, 1, 0.1) for name in "abcd"]) == "abcd", "first come, first served"
+    assert turns(("G", 0, 9, 0.4), *[(name, 0.3, 1, 0.1) for name in "abcdefgh"]) == "GabcdGefghGGGGGGG"
+    assert turns(("G", 0, 4, 0.4), ("H", 0.1, 4, 0.4), ("a", 0.2, 1, 0.1)) == "GHGaHGHGH"
 
 
 def test_the_engine():
+    from srsys.serve.engine import JobState, RestoreJob
+
     # serve/04_engine.ipynb #lesson-engine
     with mock.patch.object(weights, "shipped_weights", lambda: SHIPPED):
         engine = Engine(lambda: load_table(None, device="cpu"), ServerLimits(waiting=1))
-        print(status(engine.submit, RestoreRequest(picture_file()), work_folder()))
+        early = refusal(engine.submit, RestoreRequest(picture_file()), work_folder())
+        assert early == (503, "the server is still starting")
         engine.warm()
     job = engine.submit(RestoreRequest(picture_file(), model="fast", scale=2.0), work_folder())
     result = job.future.result()
-    assert (
-        result.label == "fast-x2/shipped"
-        and result.plan.width == 320
-        and set(result.seconds) == {"queue", "decode", "infer", "encode"}
-    )
-    assert (
-        image.open_picture(result.path).width == 320
-        and result.consistency_db > 20
-        and os.listdir(job.folder) == ["result.png"]
-    )
+    assert result.label == "fast-x2/shipped" and result.plan.width == 320 and job.state is JobState.DONE
+    assert set(result.seconds) == {"queue", "decode", "infer", "encode"}
+    assert image.open_picture(result.path).width == 320 and result.consistency_db > 20
+    assert os.listdir(job.folder) == ["result.png"]
     value = engine.metrics.registry.get_sample_value
     assert value("srsys_output_pixels_total") == 320 * 192
     unknown = engine.submit(RestoreRequest(picture_file(), model="mystery"), work_folder())
-    assert as_request_error(unknown.future.exception()).status == 422
-    print(
-        {stage: f"{1000 * seconds:.0f} ms" for stage, seconds in result.seconds.items()},
-        f"{result.consistency_db:.1f} dB",
-    )
+    status, text = refusal(unknown.future.result)
+    assert status == 422 and "mystery" in text and unknown.state is JobState.FAILED
+    print({stage: f"{1000 * seconds:.0f} ms" for stage, seconds in result.seconds.items()})
+    print(f"{result.consistency_db:.1f} dB")
+    engine.close()
+
+    # serve/04_engine.ipynb #lesson-states
+    engine = ready_engine()
+    job = RestoreJob(RestoreRequest(picture_file()), work_folder())
+    engine.jobs.append(job)
+    assert engine.move(job, JobState.DECODING) and engine.move(job, JobState.READY) and engine.device_jobs() == [job]
+    try:
+        engine.move(job, JobState.DONE)
+    except ValueError as error:
+        assert str(error) == "a job that is ready cannot become done"
+    else:
+        raise AssertionError("that should have failed")
+    engine.finish(job, KeyError("the first outcome counts"))
+    assert job.state is JobState.FAILED and not engine.jobs and not engine.move(job, JobState.CANCELLED)
+    engine.finish(job, KeyError("and not the second"))
+    assert job.future.exception().args == ("the first outcome counts",)
     engine.close()
 
 
-def test_a_full_waiting_room():
+def test_a_full_queue():
+    from srsys.serve.engine import JobState
+
     # serve/04_engine.ipynb #lesson-engine-full
     engine = ready_engine(ServerLimits(waiting=1))
     with HeldUp() as held:
         running = engine.submit(RestoreRequest(picture_file(), "cat.png"), work_folder())
-        assert held.entered.wait(60)
+        assert held.entered.wait(60) and running.state is JobState.RUNNING
         waiting = engine.submit(RestoreRequest(picture_file(), "dog.png"), work_folder())
-        until(lambda: waiting in engine.ready)
-        print(status(engine.submit, RestoreRequest(picture_file()), work_folder()))
+        until(lambda: waiting.state is JobState.READY)
+        full = refusal(engine.submit, RestoreRequest(picture_file()), work_folder())
+        assert full == (429, "2 pictures are waiting already; try again in 2 s")
         waiting.cancel()
-        assert len(engine.jobs) == 1 and not os.listdir(waiting.folder)
-        print(status(waiting.future.result))
+        assert engine.jobs == [running] and waiting.state is JobState.CANCELLED and not os.listdir(waiting.folder)
+        assert refusal(waiting.future.result) == (499, "cancelled while waiting")
         running.cancel()
+        assert running.state is JobState.RUNNING, "until its tile is done"
         held.gate.set()
-        print(status(running.future.result))
+        assert refusal(running.future.result) == (499, "cancelled after 0 of 1 tiles")
     assert engine.submit(RestoreRequest(picture_file()), work_folder()).future.result().plan.width == 640
     engine.close()
-    print(status(engine.submit, RestoreRequest(picture_file()), work_folder()))
+    late = refusal(engine.submit, RestoreRequest(picture_file()), work_folder())
+    assert late == (503, "the server is shutting down")
 
 
-def test_too_large_too_late_too_much():
+def test_too_large_too_late_too_many_pixels():
+    from srsys.serve.engine import JobState
+
     # serve/04_engine.ipynb #lesson-engine-limits
-    for limits, ask in [
-        (ServerLimits(pixels_out=10_000), RestoreRequest(picture_file(), "cat.png")),
-        (ServerLimits(pixels_in=1000), RestoreRequest(picture_file(), "cat.png")),
-        (ServerLimits(), RestoreRequest(picture_file(), "cat.png", scale=50.0)),
-        (ServerLimits(deadline=-1), RestoreRequest(picture_file(), "cat.png")),
-        (ServerLimits(small=1000, pixels_waiting=2000), RestoreRequest(picture_file(), "cat.png")),
+    for limits, scale, status, text in [
+        (ServerLimits(pixels_out=10_000), None, 413, "the result would have 640×384 pixels; at most 10,000 are made"),
+        (ServerLimits(pixels_in=1000), None, 413, "160×96"),
+        (ServerLimits(), 50.0, 422, "the scale must be between 1 and 8, not 50"),
+        (ServerLimits(deadline=-1), None, 503, "cat.png waited 0 s, longer than it may"),
+        (ServerLimits(small=1000, pixels_waiting=2000), None, 429, "1 pictures are waiting already; try again in 1 s"),
     ]:
         engine = ready_engine(limits)
-        job = engine.submit(ask, work_folder())
-        print(status(job.future.result))
-        assert not os.listdir(job.folder) and not engine.jobs and not job.running
+        job = engine.submit(RestoreRequest(picture_file(), "cat.png", scale=scale), work_folder())
+        answer = refusal(job.future.result)
+        assert answer[0] == status and text in answer[1], answer
+        assert not os.listdir(job.folder) and not engine.jobs
+        assert job.state is JobState.FAILED and job.work is None
         engine.close()
 
     # serve/04_engine.ipynb #lesson-engine-late
@@ -223,17 +245,20 @@ def test_too_large_too_late_too_much():
         second = engine.submit(RestoreRequest(picture_file(), "dog.png", "fast"), work_folder())
         second.admitted -= 121  # as if two minutes had passed
         held.gate.set()
-        print(status(second.future.result))
-    assert first.future.result().plan.width == 640 and not second.running
+        assert refusal(second.future.result) == (503, "dog.png waited 121 s, longer than it may")
+    assert first.future.result().plan.width == 640 and second.work is None
     with HeldUp() as held:
         last = [engine.submit(RestoreRequest(picture_file()), work_folder()) for _ in range(2)]
         assert held.entered.wait(60)
         threading.Timer(0.2, held.gate.set).start()
         engine.close()
-    print([status(job.future.result) for job in last])
+    assert [refusal(job.future.result) for job in last] == [(503, "the server is shutting down")] * 2
+    assert not any(os.listdir(job.folder) for job in last)
 
 
-def test_the_large_and_the_small():
+def test_large_and_small_pictures():
+    from srsys.serve.engine import JobState
+
     # serve/04_engine.ipynb #lesson-engine-fair
     engine = ready_engine(ServerLimits(small=50_000))
     for restorer, _ in engine.table.served.values():
@@ -242,15 +267,17 @@ def test_the_large_and_the_small():
     until(lambda: large.progress[0] > 0)
     small = engine.submit(RestoreRequest(picture_file(PHOTO[:30, :30])), work_folder())
     assert small.future.result().plan.width == 120 and not large.future.done()
-    print(f"the thumbnail was done after {large.progress[0]} of the large picture's {large.progress[1]} tiles")
+    done, total = large.progress
+    assert done < total / 2
     large.cancel()
-    print(status(large.future.result))
+    status, text = refusal(large.future.result)
+    assert status == 499 and text.endswith(f"of {total} tiles")
 
     with HeldUp() as held:
         first = engine.submit(RestoreRequest(picture_file()), work_folder())
         assert held.entered.wait(60)
         eight = [engine.submit(RestoreRequest(picture_file(PHOTO[n : n + 24, :24])), work_folder()) for n in range(8)]
-        until(lambda: len(engine.ready) == 9)
+        until(lambda: all(job.state is JobState.READY for job in eight))
     alone = [
         engine.submit(RestoreRequest(picture_file(PHOTO[n : n + 24, :24])), work_folder())
         .future.result()
@@ -258,34 +285,41 @@ def test_the_large_and_the_small():
         for n in range(8)
     ]
     assert [job.future.result().path.read_bytes() for job in eight] == alone, "the same bytes as one after the other"
-    assert engine.metrics.registry.get_sample_value(
-        "srsys_batch_size_bucket", {"le": "1.0"}
-    ) < engine.metrics.registry.get_sample_value("srsys_batch_size_count")
+    value = engine.metrics.registry.get_sample_value
+    batches, single_tiles = value("srsys_batch_size_count"), value("srsys_batch_size_bucket", {"le": "1.0"})
+    assert single_tiles < batches, "some tiles went through the network together"
     engine.close()
 
 
-def test_a_worker_dies_memory_ends_a_tile_comes_out_black():
+def test_crashed_workers_exhausted_memory_black_tiles():
     # serve/04_engine.ipynb #lesson-engine-deaths
     engine = ready_engine()
     engine.warm()
+    assert engine.quick.call(os.getpid)
     for worker in engine.quick._all:
         worker.process.kill()
     assert engine.submit(RestoreRequest(picture_file()), work_folder()).future.result().plan.width == 640
     with mock.patch.object(
         worker_pool.Worker, "call", side_effect=worker_pool.WorkerCrashed("the process ended with -11")
     ):
-        print(status(engine.submit(RestoreRequest(picture_file(), "cat.png"), work_folder()).future.result))
+        crashed = engine.submit(RestoreRequest(picture_file(), "cat.png"), work_folder())
+        assert refusal(crashed.future.result) == (
+            422,
+            "cat.png: broken, or not to be read in reasonable time and memory",
+        )
 
-    def levels(net, windows, core, model, precision, original=restore._levels):
+    def restore_windows(net, windows, core, model, precision, original=restore._restore_windows):
         "Needs memory for whole tiles, and comes out black in low precision."
         if windows.shape[2] > 100:
             raise MemoryError
         return None if precision != "float32" else original(net, windows, core, model, precision)
 
-    with mock.patch.object(restore, "_levels", levels):
+    with mock.patch.object(restore, "_restore_windows", restore_windows):
         job = engine.submit(RestoreRequest(picture_file(), model="photo-x2"), work_folder())
-        print(*job.future.result().notes, sep="\n")
+        notes = job.future.result().notes
+    assert notes[0].startswith("memory was short: tiles were cut smaller"), notes
     assert engine.metrics.registry.get_sample_value("srsys_oom_retries_total") > 0
-    with mock.patch.object(restore, "_levels", side_effect=ValueError("a bad layer")):
-        print(status(engine.submit(RestoreRequest(picture_file(), "cat.png"), work_folder()).future.result))
+    with mock.patch.object(restore, "_restore_windows", side_effect=ValueError("a bad layer")):
+        failed = engine.submit(RestoreRequest(picture_file(), "cat.png"), work_folder())
+        assert refusal(failed.future.result) == (500, "tile at 0, 0: the network failed: ValueError: a bad layer")
     engine.close()

@@ -23,7 +23,7 @@ PICTURE = speed.benchmark_photo(48, 27)
 
 
 def tiny(name, scale):
-    "Untrained weights with a card, in a file."
+    "A file of untrained weights with a card."
     torch.manual_seed(0)
     path = Path(lesson_home.name) / f"{name}.safetensors"
     if not path.exists():
@@ -40,16 +40,16 @@ def ready_engine(limits=ServerLimits()):  # noqa: B008
     return Engine(lambda: table, limits)
 
 
-def until(happened, seconds=60):
-    "Wait for something, but not for ever."
+def wait_until(condition, seconds=60):
+    "Wait for a condition, with a timeout."
     end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
-def test_people_who_ask():
-    from srsys.serve.load_test import make_form, running_server, send_request
+def test_clients_and_server():
+    from srsys.serve.load_test import make_form, running_server, send_requests
 
     # serve/14_load_test.ipynb #lesson-full
     form = make_form(PICTURE, model="fast-x4", format="jpeg")
@@ -64,50 +64,58 @@ def test_people_who_ask():
         running_server(engine := ready_engine(ServerLimits(waiting=1)), Path(lesson_home.name)) as port,
         mock.patch("srsys.restore.restorer.run_network", held),
     ):
-        two = [threading.Thread(target=send_request, args=[port, form, 1]) for _ in range(2)]
-        for one in two:
-            one.start()
-        until(lambda: len(engine.jobs) == 2)
-        _, refused = send_request(port, form, 20)
+        accepted = [threading.Thread(target=send_requests, args=[port, form, 1]) for _ in range(2)]
+        for thread in accepted:
+            thread.start()
+        wait_until(lambda: len(engine.jobs) == 2)
+        _, refused = send_requests(port, form, 20)
         gate.set()
-        for one in two:
-            one.join()
-    assert {answer.status for answer in refused} == {429} and all(answer.retry_after >= 1 for answer in refused)
-    assert all(answer.first == min(answer.first, answer.whole) for answer in refused) and not engine.jobs
+        for thread in accepted:
+            thread.join()
+    assert len(refused) == 20 and {response.status for response in refused} == {429}
+    assert all(response.retry_after >= 1 for response in refused)
+    assert not engine.jobs
 
 
-def test_more_than_it_can_take():
+def test_overload():
     from srsys.serve.load_test import (
         ClientResponse,
         compare_throughput,
         make_form,
-        overload,
+        measure_overload,
         running_server,
-        send_request,
+        send_requests,
     )
 
     # serve/14_load_test.ipynb #lesson-overload
     form = make_form(PICTURE, model="fast-x4", format="jpeg")
     with running_server(engine := ready_engine(ServerLimits(waiting=4)), Path(lesson_home.name)) as port:
         (source := Path(lesson_home.name) / "a.jpg").write_bytes(PICTURE)
-        pace = compare_throughput(
-            engine, port, RestoreRequest(source, "a.jpg", "fast-x4", format="jpeg"), form, 12, 1, 4
-        )
-        seen = overload(port, form, 60_000, engine.limits, count=30)
-        value = engine.metrics.registry.get_sample_value
-        assert value("srsys_images_processed_total") == 48 + seen.restored, "who was refused was not worked on"
-    assert pace.ratio > 0 and seen.restored + seen.refused + seen.late == 30 and seen.restored > 0
-    with mock.patch(f"{send_request.__module__}.send_request", return_value=(1.0, [ClientResponse(500, 0.1, 0.1, 0)])):
-        for do in (
-            lambda: overload(0, b"", 60, ServerLimits()),
-            lambda: compare_throughput(mock.Mock(), 0, None, b"", 0, 1),
-        ):
+        request = RestoreRequest(source, "a.jpg", "fast-x4", format="jpeg")
+        throughput = compare_throughput(engine, port, request, form, 12, 1, 4)
+        overload = measure_overload(port, form, 60_000, engine.limits, count=30)
+        processed = engine.metrics.registry.get_sample_value("srsys_images_processed_total")
+    assert processed == 2 * 2 * 12 + overload.restored, "a refused picture costs no work"
+    assert throughput.ratio > 0
+    assert overload.restored + overload.refused + overload.late == 30
+    assert overload.restored > 0
+    for response, message in [
+        (ClientResponse(500, 0.1, 0.1, 0), "expected status 200, 429 or 503, not [500]"),
+        (ClientResponse(429, 0.1, 0.1, 0), "expected a Retry-After"),
+    ]:
+        with mock.patch(f"{send_requests.__module__}.send_requests", return_value=(1.0, [response])):
             try:
-                do()
+                measure_overload(0, b"", 60, ServerLimits())
             except RuntimeError as error:
-                print(error)
+                assert message in str(error)
             else:
-                raise AssertionError("that should have failed")
+                raise AssertionError("this response should have raised RuntimeError")
+            try:
+                compare_throughput(mock.Mock(), 0, None, b"", 0, 1)
+            except RuntimeError as error:
+                assert "expected status 200 only" in str(error)
+            else:
+                raise AssertionError("a refusal should have raised RuntimeError")
 
 
 def test_the_figures():
@@ -118,4 +126,5 @@ def test_the_figures():
         for _ in range(2):
             load_test_main(["--quick", "--out", folder])
         document = json.loads((Path(folder) / "bench.json").read_text())
-        assert document["traffic"]["pace"]["ratio"] > 0 and document["traffic"]["overload"]["sent"] == 16
+        assert document["traffic"]["pace"]["ratio"] > 0
+        assert document["traffic"]["overload"]["sent"] == 16

@@ -6,22 +6,25 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from srsys.registry import store as registry
 
 
-def test_mlflow_s_own_page_beside():
+def test_mlflow_s_ui_beside_the_server():
     from srsys.serve.mlflow_server import mlflow_command, start_child_process
 
     # serve/12_mlflow_server.ipynb #lesson-mlflow
     home = tempfile.TemporaryDirectory()
     command = mlflow_command(registry.Store(Path(home.name)), "127.0.0.1", 5001)
-    assert "--workers" in command and "127.0.0.1:5001,localhost:5001" in command
+    assert command[command.index("--workers") + 1] == "1"
+    assert command[command.index("--allowed-hosts") + 1] == "127.0.0.1:5001,localhost:5001"
     log, end = Path(home.name) / "log", time.monotonic() + 60
-    kept = start_child_process(
-        [sys.executable, "-c", "import time; print('started', flush=True); time.sleep(600)"], log
-    )
-    while b"started" not in log.read_bytes():
-        assert time.monotonic() < end, "waited in vain"
+    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    keeper = start_child_process([sys.executable, "-c", sleeper], log)
+    while not log.read_bytes().endswith(b"\n"):
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
-    kept.stdin.close()
-    assert kept.wait(60) == 0, "it ended because the pipe closed"
+    keeper.stdin.close()
+    assert keeper.wait(60) == 0
+    assert not psutil.pid_exists(int(log.read_text())), "the program ended because the pipe closed"

@@ -33,12 +33,13 @@ def tiny(name, scale, seed=0):
 SHIPPED = {f"{family}-x{scale}": tiny(f"{family}-x{scale}", scale) for family in ("photo", "fast") for scale in (2, 4)}
 
 
-def refused(do, *args):
-    "Class and text of the error that `do` raises."
+def refusal(kind, do, *args):
+    "The message of the error that `do` raises, which must be of this class."
     try:
         do(*args)
     except Exception as error:
-        return f"{type(error).__name__}: {error}".replace(lesson_home.name, "…")
+        assert type(error) is kind, repr(error)
+        return str(error)
     raise AssertionError("that should have failed")
 
 
@@ -50,11 +51,12 @@ def store_with(*paths, home=None):
     return store
 
 
-no_answer = mock.Mock(side_effect=registry.RegistryError("the registry at http://models says: connection refused"))
+UNREACHABLE = "the registry at http://models says: connection refused"
+no_answer = mock.Mock(side_effect=registry.RegistryError(UNREACHABLE))
 
 
 def test_the_models_in_use():
-    from srsys.serve.model_table import check_golden, golden_picture, load_table, time_model
+    from srsys.serve.model_table import check_golden, load_table, time_model
 
     # serve/03_model_table.ipynb #lesson-table
     with mock.patch.object(weights, "shipped_weights", lambda: SHIPPED):
@@ -63,10 +65,11 @@ def test_the_models_in_use():
     assert table.choose("photo", 2)[1].label == "photo-x2/shipped"
     assert table.choose("photo", None)[1].label == "photo-x4/shipped"
 
-    seen = []
-    slow = mock.Mock(restore=lambda picture: seen.append(picture.width) or time.sleep(0.3))
-    print(f"{time_model(slow):.0f} s per megapixel, after {len(seen)} small patches")
-    assert seen == [32, 32] and all(table.pace.values())
+    sides = []
+    slow = mock.Mock(restore=lambda picture: sides.append(picture.width) or time.sleep(0.3))
+    assert time_model(slow) > 0.3 * 1e6 / 32**2
+    assert sides == [32, 32], "not timed on the larger patch"
+    assert all(table.pace.values())
     {name: f"{resolved.model.parameters} parameters" for name, (_, resolved) in table.served.items()}
 
     # serve/03_model_table.ipynb #lesson-table-fails
@@ -75,15 +78,16 @@ def test_the_models_in_use():
     with mock.patch.object(weights, "shipped_weights", lambda: SHIPPED | {"photo-x2": rubbish}):
         table = load_table(None, device="cpu")
     assert table.choose("photo", 4)[1].label == "photo-x4/shipped"
-    print(refused(table.choose, "photo", 2))
-    print(refused(table.choose, "../../etc/passwd", 2))
+    assert "rubbish.safetensors" in refusal(weights.WeightsError, table.choose, "photo", 2)
+    assert "../../etc/passwd" in refusal(registry.RegistryError, table.choose, "../../etc/passwd", 2)
 
     black = mock.Mock(restore=lambda picture: image.Picture(np.zeros((96, 96, 3), np.uint8)))
-    print(refused(check_golden, black, "srsys-photo-x2/7"))
-    picture = golden_picture()
+    message = refusal(registry.RegistryError, check_golden, black, "srsys-photo-x2/7")
+    assert message.startswith("srsys-photo-x2/7 does not restore the golden picture")
+    print(message)
 
 
-def test_when_the_registry_is_down():
+def test_when_the_registry_cannot_be_reached():
     from srsys.serve.model_table import load_table
 
     # serve/03_model_table.ipynb #lesson-keep
@@ -92,16 +96,19 @@ def test_when_the_registry_is_down():
         assert sorted(load_table(store, "cpu").served) == ["fast-x2", "photo-x2"]
         with mock.patch.object(registry, "register_shipped", no_answer):
             table = load_table(store, "cpu")
-            print({name: found.label for name, (_, found) in table.served.items()}, "|", table.away)
-            (store.home / "serving" / f"{weights.load(SHIPPED['fast-x2']).sha256}.safetensors").write_bytes(
-                SHIPPED["photo-x4"].read_bytes()
-            )
-            print(load_table(store, "cpu").broken["fast-x2"].rpartition("/")[2])
-            print(refused(load_table, registry.Store(store.home / "new"), "cpu"))
-    assert table.served["photo-x2"][1].version.label == "srsys-photo-x2/1"
+            assert table.registry_error == UNREACHABLE
+            assert {name: found.label for name, (_, found) in table.served.items()} == {
+                "fast-x2": "srsys-fast-x2/1",
+                "photo-x2": "srsys-photo-x2/1",
+            }
+            copy = store.home / "serving" / f"{weights.load(SHIPPED['fast-x2']).sha256}.safetensors"
+            copy.write_bytes(SHIPPED["photo-x4"].read_bytes())
+            assert "expected digest" in load_table(store, "cpu").broken["fast-x2"], "another model under its name"
+            message = refusal(registry.RegistryError, load_table, registry.Store(store.home / "new"), "cpu")
+            assert message == UNREACHABLE, "nothing was saved there"
 
 
-def test_looking_again():
+def test_following_the_registry():
     from srsys.serve.model_table import load_table, refresh_table
 
     # serve/03_model_table.ipynb #lesson-look
@@ -116,15 +123,13 @@ def test_looking_again():
         )
         registry.register(store, better)
         second = refresh_table(first, store, "cpu")
-        assert (
-            second.served["fast-x2"][1].label == "srsys-fast-x2/2"
-            and first.served["fast-x2"][1].label == "srsys-fast-x2/1"
-        )
+        assert second.served["fast-x2"][1].label == "srsys-fast-x2/2"
+        assert first.served["fast-x2"][1].label == "srsys-fast-x2/1", "the table in use was not changed"
         assert second.served["photo-x2"] is first.served["photo-x2"], "the same network, not loaded again"
 
     # serve/03_model_table.ipynb #lesson-look-fails
-    def saved(shift, name="fast-x2"):
-        "Weights that are told apart by how much lighter they make a picture."
+    def brightening(shift, name="fast-x2"):
+        "Weights that are told apart by how much they brighten a picture."
         net = CompactNet(2, features=4, convs=1)
         net.body[-1].weight.data.zero_()
         net.body[-1].bias.data.fill_(shift)
@@ -133,34 +138,36 @@ def test_looking_again():
         return path
 
     with mock.patch.object(weights, "shipped_weights", lambda: {"photo-x2": SHIPPED["photo-x2"]}):
-        broken = registry.register(store, saved(0.01))
+        broken = registry.register(store, brightening(0.01))
         registry.weights_file(store, broken).write_bytes(b"half a file")
         third = refresh_table(second, store, "cpu")
-        registry.register(store, saved(5.0), status="bootstrap")
+        registry.register(store, brightening(5.0), status="bootstrap")
         fourth = refresh_table(third, store, "cpu")
-        registry.register(store, saved(0.02), status="refused")
+        registry.register(store, brightening(0.02), status="refused")
         fifth = refresh_table(fourth, store, "cpu")
         for table in (third, fourth, fifth):
             assert table.served["fast-x2"] is second.served["fast-x2"]
-            print(*table.refused.items())
+            ((label, reason),) = table.refused.items()
+            print(f"{label}: {reason.replace(str(store.home), '…')}")
         assert refresh_table(fifth, store, "cpu") is fifth
         with mock.patch.object(registry, "list_champions", no_answer):
             away = refresh_table(fifth, store, "cpu")
-            assert away.away and away.served == fifth.served and refresh_table(away, store, "cpu") is away
-        assert refresh_table(away, store, "cpu").away == ""
-        registry.register(store, saved(5.0, "grey-x2"))
-        registry.register(store, saved(0.01, "odd-x2"), status="refused")
+            assert away.registry_error == UNREACHABLE and away.served == fifth.served
+            assert refresh_table(away, store, "cpu") is away
+        assert refresh_table(away, store, "cpu").registry_error == ""
+        registry.register(store, brightening(5.0, "grey-x2"))
+        registry.register(store, brightening(0.01, "odd-x2"), status="refused")
         sixth = refresh_table(fifth, store, "cpu")
-        assert "grey-x2" in sixth.served, "there was none before whose place it would take"
-        assert "odd-x2" in sixth.broken, "there was none before, so there is none"
+        assert "grey-x2" in sixth.served, "it replaces nothing, so the golden picture is not required"
+        assert "odd-x2" in sixth.broken, "refused, and there is no older version to serve"
 
 
-def test_the_watch():
+def test_the_watcher_thread():
     from srsys.serve.model_table import ModelTable, RegistryWatcher, _log, with_nudge_route
 
     # serve/03_model_table.ipynb #lesson-watch
-    class Served:
-        "An engine as the watch sees it."
+    class FakeEngine:
+        "An engine as the watcher sees it."
 
         def __init__(self, table):
             self.table, self.swapped = table, threading.Event()
@@ -174,11 +181,11 @@ def test_the_watch():
 
     tables = [
         ModelTable(serving("srsys-fast-x2/1"), refused={"srsys-fast-x2/9": "too dark"}),
-        ModelTable(serving("srsys-fast-x2/1"), away="no route to host"),
+        ModelTable(serving("srsys-fast-x2/1"), registry_error="no route to host"),
         ModelTable(serving("srsys-fast-x2/2")),
     ]
-    served = Served(ModelTable(serving("srsys-fast-x2/1")))
-    answers = iter([ValueError("a mistake of ours"), served.table, *tables])
+    engine = FakeEngine(ModelTable(serving("srsys-fast-x2/1")))
+    answers = iter([ValueError("a mistake of ours"), engine.table, *tables])
 
     def next_answer(table):
         answer = next(answers)
@@ -186,26 +193,32 @@ def test_the_watch():
             raise answer
         return answer
 
-    with mock.patch.object(_log, "handle") as said:
-        watch = RegistryWatcher(served, next_answer, seconds=3600)
+    with mock.patch.object(_log, "handle") as logged:
+        watcher = RegistryWatcher(engine, next_answer, seconds=3600)
         for table in [None, None, *tables]:
-            while watch.nudged.is_set():
+            while watcher.nudged.is_set():
                 time.sleep(0.01)
-            served.swapped.clear()
-            watch.nudge()
+            engine.swapped.clear()
+            watcher.nudge()
             if table:
-                assert served.swapped.wait(60) and served.table is table
+                assert engine.swapped.wait(60) and engine.table is table
             else:
                 time.sleep(0.1)
-        watch.end()
-    print(*[call.args[0].getMessage() for call in said.call_args_list], sep="\n")
+        watcher.end()
+    lines = [call.args[0].getMessage() for call in logged.call_args_list]
+    assert lines == [
+        "checking the registry for new models failed",
+        "srsys-fast-x2/9 is not taken into service: too dark",
+        "the registry cannot be reached; the models in use stay in use: no route to host",
+        "fast-x2: now serving srsys-fast-x2/2 instead of srsys-fast-x2/1",
+        "the registry can be reached again",
+    ], lines
 
-    nudged, began = [], []
-    app = with_nudge_route(lambda environ, start: [b"metrics"], lambda: nudged.append(1))
-    for method, path in [("GET", "/metrics"), ("GET", "/nudge"), ("POST", "/nudge")]:
-        print(
-            method,
-            path,
-            *app({"REQUEST_METHOD": method, "PATH_INFO": path}, lambda status, headers: began.append(status)),
-        )
-    assert nudged == [1] and began == ["405 Method Not Allowed", "202 Accepted"]
+    nudges, statuses = [], []
+    app = with_nudge_route(lambda environ, start: [b"metrics"], lambda: nudges.append(1))
+    bodies = [
+        app({"REQUEST_METHOD": method, "PATH_INFO": path}, lambda status, headers: statuses.append(status))
+        for method, path in [("GET", "/metrics"), ("GET", "/nudge"), ("POST", "/nudge")]
+    ]
+    assert bodies == [[b"metrics"], [b"POST here\n"], [b"looking\n"]]
+    assert nudges == [1] and statuses == ["405 Method Not Allowed", "202 Accepted"]

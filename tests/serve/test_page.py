@@ -22,18 +22,18 @@ from srsys import image
 from srsys.models import weights
 from srsys.models.networks import CompactNet
 from srsys.restore import trust
-from srsys.serve import api as service
-from srsys.serve import page_parts, worker_pool
+from srsys.serve import api, page_parts, worker_pool
 from srsys.serve.admission import ServerLimits
 from srsys.serve.engine import Engine, run_job_steps
 from srsys.serve.model_table import load_table
+from srsys.serve.page import PageService
 
 # serve/11_page.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
 
 
 def tiny(name, scale):
-    "Untrained weights with a card, in a file."
+    "A file of untrained weights with a card."
     torch.manual_seed(0)
     path = Path(lesson_home.name) / f"{name}.safetensors"
     if not path.exists():
@@ -50,16 +50,16 @@ PHOTO = data.astronaut()[:96, 160:320].copy()
 
 
 def run(coroutine):
-    "What a coroutine returns; in a thread of its own, because a notebook already runs a loop in this one."
+    "Run a coroutine in a thread of its own, because a notebook already runs an event loop in this one."
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def until(happened, seconds=30):
-    "Wait for something, but not for ever."
+def wait_until(condition, seconds=30):
+    "Wait for a condition, with a timeout."
     end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -82,36 +82,45 @@ def picture_file(pixels=PHOTO, name="astronaut.png", **more):
     return path
 
 
+def page_service(engine):
+    return PageService(engine, page_parts.SessionFolders(fresh_folder()))
+
+
+def text_of(html):
+    return re.sub("<.*?>", "", html)
+
+
 def test_behind_the_page():
-    from srsys.serve.page import PageContext, _log, cancel_job, page_restore_steps
+    from srsys.serve.page import _log
 
     # serve/11_page.ipynb #lesson-desk
-    desk = PageContext(ready_engine(), page_parts.SessionFolders(fresh_folder()), {})
+    service = page_service(ready_engine())
 
-    def on_shelf(desk, path):
-        "A picture as if it had been dropped."
-        token, folder = desk.shelf.new()
+    def uploaded(service, path):
+        "The token of a picture, as if it had been uploaded."
+        token, folder = service.folders.new()
         shutil.copy(path, folder / "upload")
         with contextlib.suppress(image.ImageError):
             worker_pool.make_preview(path, folder / "before.png")
         (folder / "name").write_text(path.name)
         return token
 
-    def steps(desk, token, model="photo", size="2"):
+    def steps(service, token, model="photo", size="2"):
         "All steps of one press of the button."
 
         async def collect():
-            return [step async for step in page_restore_steps(desk, "page-1", token, model, size)]
+            return [step async for step in service.restore_steps("page-1", token, model, size)]
 
         return run(collect())
 
-    token = on_shelf(desk, picture_file(np.tile(PHOTO, (1, 8, 1))))
-    last = steps(desk, token)[-1]
-    made = re.search(r"page/(\w+)/result.png", last.facts)[1]
-    assert "1280×96 → 2560×192" in last.facts and not desk.jobs
-    counted = desk.engine.metrics.registry.get_sample_value
-    assert counted("srsys_http_requests_total", {"route": "/page/restore", "code": "200"}) == 1
-    assert {f.name for f in desk.shelf.find(made).iterdir()} == {
+    token = uploaded(service, picture_file(np.tile(PHOTO, (1, 8, 1))))
+    last = steps(service, token)[-1]
+    result_token = re.search(r"page/(\w+)/result.png", last.facts)[1]
+    assert "1280×96 → 2560×192" in last.facts
+    assert not service.jobs
+    sample = service.engine.metrics.registry.get_sample_value
+    assert sample("srsys_http_requests_total", {"route": "/page/restore", "code": "200"}) == 1
+    assert {file.name for file in service.folders.find(result_token).iterdir()} == {
         "result.png",
         "before.png",
         "after.png",
@@ -120,44 +129,43 @@ def test_behind_the_page():
         "given",
         "label",
     }
-    assert "8 tiles" not in last.facts and "page/" + made + "/after-detail.png" in last.view
+    assert f"page/{result_token}/after-detail.png" in last.view
 
     # serve/11_page.ipynb #lesson-desk-warns
     net = CompactNet(2, features=4, convs=1)
     net.body[-1].weight.data.zero_()
     net.body[-1].bias.data.fill_(0.2)
-    tampered, usual = (
-        Path(lesson_home.name) / "tampered.safetensors",
-        trust.thresholds_of(weights.load(weights.shipped_weights()["photo-x2"])),
-    )
+    tampered = Path(lesson_home.name) / "tampered.safetensors"
+    usual = trust.thresholds_of(weights.load(weights.shipped_weights()["photo-x2"]))
     weights.save(net, weights.Card(name="photo-x2", architecture="compact", scale=2, trust=usual.to_dict()), tampered)
     with mock.patch.object(weights, "shipped_weights", lambda: {"photo-x2": tampered}):
         table = load_table(None, device="cpu")
-    doubtful = PageContext(Engine(lambda: table), page_parts.SessionFolders(fresh_folder()), {})
-    with TestClient(service.create_api(doubtful.engine, fresh_folder() / "feedback.db")) as client:
-        until(lambda: client.get("/readyz").status_code == 200)
-        facts = steps(doubtful, on_shelf(doubtful, picture_file()))[-1].facts
-        answer = client.post(
-            "/v1/restore", files={"file": ("cat.png", picture_file().read_bytes())}, data={"model": "photo-x2"}
-        )
-    assert 'class="warn"' in facts and answer.status_code == 200 and "depart" in answer.headers["x-trust-warning"]
-    print(answer.headers["x-trust-warning"])
+    doubtful = page_service(Engine(lambda: table))
+    with TestClient(api.create_api(doubtful.engine, fresh_folder() / "feedback.db")) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        facts = steps(doubtful, uploaded(doubtful, picture_file()))[-1].facts
+        upload = {"file": ("cat.png", picture_file().read_bytes())}
+        response = client.post("/v1/restore", files=upload, data={"model": "photo-x2"})
+    assert 'class="warn"' in facts
+    assert response.status_code == 200 and response.headers["x-trust-warning"]
+    print(response.headers["x-trust-warning"])
 
     # serve/11_page.ipynb #lesson-desk-fails
     broken = picture_file(name="half.png")
     broken.write_bytes(broken.read_bytes()[:5000])
-    for token, model, size in [
-        (on_shelf(desk, broken), "photo", "2"),
-        ("0" * 32, "photo", "2"),
-        (on_shelf(desk, picture_file()), "mystery", "2"),
-        (on_shelf(desk, picture_file()), "photo", "100x50"),
+    for token, model, size, message in [
+        (uploaded(service, broken), "photo", "2", "half.png: broken or incomplete"),
+        ("0" * 32, "photo", "2", "this picture is no longer here"),
+        (uploaded(service, picture_file()), "mystery", "2", "there is no model"),
+        (uploaded(service, picture_file()), "photo", "100x50", "already as large"),
     ]:
-        print(re.sub("<.*?>", "", steps(desk, token, model, size)[-1].said))
+        assert message in text_of(steps(service, token, model, size)[-1].message)
     with (
         mock.patch("srsys.serve.engine.run_job_steps", side_effect=KeyError("/home/me")),
         mock.patch.object(_log, "exception") as logged,
     ):
-        print(re.sub("<.*?>", "", steps(desk, on_shelf(desk, picture_file()))[-1].said))
+        message = text_of(steps(service, uploaded(service, picture_file()))[-1].message)
+    assert message.startswith("something went wrong on the server") and "home" not in message
     assert logged.called
 
     # serve/11_page.ipynb #lesson-desk-cancel
@@ -168,119 +176,110 @@ def test_behind_the_page():
         return original(*args)
 
     async def press_cancel():
-        said = []
-        async for step in page_restore_steps(desk, "page-2", on_shelf(desk, picture_file()), "photo", "2"):
-            said.append(re.sub("<.*?>", "", step.said))
-            cancel_job(desk, "page-2")
+        messages = []
+        async for step in service.restore_steps("page-2", uploaded(service, picture_file()), "photo", "2"):
+            messages.append(text_of(step.message))
+            service.cancel("page-2")
             pressed.set()
-        return said
+        return messages
 
     with mock.patch("srsys.serve.engine.run_job_steps", held_up):
-        said = run(press_cancel())
-    print(said[0], "→", said[-1])
-    assert said[-1].startswith("Cancelled")
-    cancel_job(desk, "page-2")  # nothing to cancel: nothing happens
-    desk.engine.close()
+        messages = run(press_cancel())
+    assert len(messages) > 1, "it had begun"
+    assert messages[-1] == "Cancelled; nothing was kept."
+    service.cancel("page-2")  # no job: no effect
+    service.engine.close()
 
 
 def test_the_page():
-    from srsys.serve.page import PageContext, build_page, show_upload
+    from srsys.serve.page import build_page, show_upload
 
     # serve/11_page.ipynb #lesson-page
-    desk = PageContext(ready_engine(), page_parts.SessionFolders(fresh_folder()), {})
-    page = build_page(desk)
-    print(*[words for words, _ in page_parts.model_choices(desk.engine.table)][:3], sep="\n")
-    token, folder = desk.shelf.new()
+    service = page_service(ready_engine())
+    page = build_page(service)
+    descriptions = [description for description, _ in page_parts.model_choices(service.engine.table)]
+    assert len(descriptions) == 1 + len(SHIPPED)
+    assert descriptions[1].startswith("fast-x2: ×2, for photo, ") and descriptions[1].endswith(" s per megapixel")
+    token, folder = service.folders.new()
     shutil.copy(picture_file(), folder / "upload")
     worker_pool.make_preview(picture_file(), folder / "before.png")
     (folder / "name").write_text("cat.png")
-    found, kind, said, seen, facts, go, stop = show_upload(desk, gr.EventData(None, {"token": token, "kind": "fast"}))
-    assert (found, kind, said, go["interactive"], stop["visible"]) == (
-        token,
-        "fast",
-        "",
-        True,
-        False,
-    ) and "cat.png, 160 × 96 pixels" in seen
-    nothing, _, said, *_ = show_upload(desk, gr.EventData(None, {"token": "0" * 32, "kind": ""}))
-    assert nothing == "" and "no longer here" in said
+    found, kind, message, view, facts, restore, cancel = show_upload(
+        service, gr.EventData(None, {"token": token, "kind": "fast"})
+    )
+    assert (found, kind, message, facts) == (token, "fast", "", "")
+    assert "cat.png, 160 × 96 pixels" in view
+    assert restore["interactive"] and not cancel["visible"]
+    found, _, message, *_ = show_upload(service, gr.EventData(None, {"token": "0" * 32, "kind": ""}))
+    assert found == "" and "no longer here" in message
 
     # serve/11_page.ipynb #lesson-page-press
-    class Someone:
-        "What Gradio knows of the page that asks."
+    class GradioRequest:
+        "What Gradio passes to an event handler about the page."
 
         session_hash = "page-3"
 
     async def press():
-        functions = {f.fn.__name__: f.fn for f in page.fns.values() if f.fn}
-        functions["stopped"](Someone())
-        functions["dropped"](gr.EventData(None, {"token": token, "kind": ""}), Someone())
-        return [update async for update in functions["pressed"](token, "fast", "4", "", Someone())]
+        handlers = {function.fn.__name__: function.fn for function in page.fns.values() if function.fn}
+        handlers["on_cancel"](GradioRequest())
+        handlers["on_upload"](gr.EventData(None, {"token": token, "kind": ""}), GradioRequest())
+        return [update async for update in handlers["on_restore"](token, "fast", "4", "", GradioRequest())]
 
-    said, seen, facts, go, stop = run(press())[-1]
-    assert "fast-x4" in facts and "640 × 384 pixels" in seen and go["interactive"] and not stop["visible"]
-    desk.engine.close()
+    message, view, facts, restore, cancel = run(press())[-1]
+    assert "fast-x4" in facts and "640 × 384 pixels" in view
+    assert restore["interactive"] and not cancel["visible"]
+    service.engine.close()
 
 
-def test_on_the_service():
+def test_mounted_on_the_service():
     from srsys.serve.page import create_page_app
 
     # serve/11_page.ipynb #lesson-create-app
     engine = ready_engine(ServerLimits(bytes=100_000))
-    with TestClient(create_page_app(engine, home := fresh_folder(), fresh_folder())) as client:
-        taken = client.post("/page/pictures", files={"file": ("cat.png", picture_file().read_bytes())}).json()
-        shown = client.get(f"/page/{taken['token']}/before.png")
+    home = fresh_folder()
+    with TestClient(create_page_app(engine, home, fresh_folder())) as client:
+        token = client.post("/page/pictures", files={"file": ("cat.png", picture_file().read_bytes())}).json()["token"]
+        shown = client.get(f"/page/{token}/before.png")
         assert np.array_equal(image.open_picture(shown.content).pixels, PHOTO)
         assert client.get("/page/examples/cat.jpg").headers["content-type"] == "image/jpeg"
-        made, folder = next((d.name, d) for d in client.app.state.shelf.root.iterdir())
+
+        folder = client.app.state.folders.find(token)  # made to look like the folder of a result
         shutil.copy(folder / "upload", folder / "given")
         shutil.copy(folder / "before.png", folder / "after.png")
         (folder / "label").write_text("srsys-photo-x4/1")
-        assert client.get(f"/page/{made}/where.png").headers["content-type"] == "image/png"
-        for keep, pictures in [(True, [f"{made}.png"]), (False, [])]:
-            assert (
-                client.post(
-                    f"/page/{made}/vote", json={"vote": "down", "reason": "five ears", "keep": keep}
-                ).status_code
-                == 201
-            )
+        assert client.get(f"/page/{token}/where.png").headers["content-type"] == "image/png"
+        for keep, pictures in [(True, [f"{token}.png"]), (False, [])]:
+            vote = {"vote": "down", "reason": "five ears", "keep": keep}
+            assert client.post(f"/page/{token}/vote", json=vote).status_code == 201
             assert [file.name for file in (home / "feedback").iterdir()] == pictures
-        assert (
-            client.post(f"/page/{made}/vote", json={"vote": "sideways"}).status_code == 422
-            and client.post(f"/page/{'0' * 32}/vote", json={"vote": "up"}).status_code == 404
-        )
-        for path in (
-            "/page/examples/secret",
-            f"/page/{taken['token']}/name",
-            f"/page/{taken['token']}/no.png",
-            f"/page/{'0' * 32}/before.png",
-        ):
-            assert client.get(path).status_code == 404, path
-        for content, status in [(b"Dear diary", 415), (b"", 422), (bytes(200_000), 413)]:
-            answer = client.post("/page/pictures", files={"file": ("cat.png", content)})
-            assert answer.status_code == status
-            print(status, answer.json()["detail"])
+        assert client.post(f"/page/{token}/vote", json={"vote": "sideways"}).status_code == 422
+        assert client.post(f"/page/{'0' * 32}/vote", json={"vote": "up"}).status_code == 404
+        for path in ("examples/secret", f"{token}/name", f"{token}/no.png", f"{'0' * 32}/before.png"):
+            assert client.get(f"/page/{path}").status_code == 404, path
+        for content, status, word in [
+            (b"Dear diary", 415, "not_an_accepted_format"),
+            (b"", 422, "broken_image"),
+            (bytes(200_000), 413, "too_large"),
+        ]:
+            response = client.post("/page/pictures", files={"file": ("cat.png", content)})
+            assert (response.status_code, response.json()["error"]) == (status, word)
+
         front = client.get("/")
         assert front.status_code == 200 and "frame-ancestors" in front.headers["content-security-policy"]
         assert client.get("/livez").json() == {"alive": True}, "the service's routes come first"
-        assert (
-            client.get("/v1/restore").headers["allow"] == "POST"
-            and client.get("/config").status_code == client.get("/gradio_api/startup-events").status_code == 200
-        )
+        assert client.get("/v1/restore").headers["allow"] == "POST"
+        assert client.get("/config").status_code == 200
+        assert client.get("/gradio_api/startup-events").status_code == 200
         for path in (
             "upload",
             "proxy=http://127.0.0.1:1/",
             "file=/etc/passwd",
             "vibe-edit",
-            "call/pressed",
+            "call/on_restore",
             "process_recording",
         ):
-            for answer in (
-                client.get(f"/gradio_api/{path}"),
-                client.post(f"/gradio_api/{path}", files={"files": ("x", b"x")}),
-            ):
-                assert answer.status_code == 404 and answer.json()["error"] == "not_found", path
-        asked = client.get("/config", headers={"Origin": "https://elsewhere.example"})
-        assert not [name for name in asked.headers if name.startswith("access-control-")], (
-            "other sites' pages read nothing"
-        )
+            url = f"/gradio_api/{path}"
+            for response in (client.get(url), client.post(url, files={"files": ("x", b"x")})):
+                assert response.status_code == 404 and response.json()["error"] == "not_found", path
+        config = client.get("/config", headers={"Origin": "https://elsewhere.example"})
+        assert not [name for name in config.headers if name.startswith("access-control-")], "no CORS headers"

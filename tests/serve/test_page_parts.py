@@ -10,7 +10,7 @@ from IPython.display import Image as Shown
 from srsys import image
 from srsys.restore.restorer import Plan
 from srsys.serve.admission import RequestError, RestoreRequest, RestoreResult
-from srsys.serve.engine import RestoreJob
+from srsys.serve.engine import JobState, RestoreJob
 
 # serve/10_page_parts.ipynb #lesson-objects
 lesson_home = tempfile.TemporaryDirectory()
@@ -40,31 +40,32 @@ RESULT = RestoreResult(
 )
 
 
-def test_the_shelf():
+def test_session_folders():
     from srsys.serve.page_parts import SessionFolders
 
     # serve/10_page_parts.ipynb #lesson-shelf
-    shelf = SessionFolders(fresh_folder(), keep=3)
-    tokens = [shelf.new()[0] for _ in range(5)]
-    assert len(list(shelf.root.iterdir())) == 3 and shelf.find(tokens[-1]).is_dir()
+    folders = SessionFolders(fresh_folder(), max_folders=3)
+    tokens = [folders.new()[0] for _ in range(5)]
+    assert len(list(folders.root.iterdir())) == 3
+    assert folders.find(tokens[-1]).is_dir()
     for token, name in [("0" * 32, ""), ("..", ""), (tokens[-1], "../secret"), (tokens[-1], ".hidden")]:
         try:
-            shelf.find(token, name)
+            folders.find(token, name)
         except RequestError as error:
-            print(error.status, error)
+            assert error.status == 404 and "this picture is no longer here" in str(error)
         else:
-            raise AssertionError("that should not have been found")
+            raise AssertionError(f"{token}/{name} should not have been found")
 
 
-def test_what_is_looked_at_closely():
+def test_previews_and_details():
     from srsys.serve.page_parts import detail_box
 
     # serve/10_page_parts.ipynb #lesson-middle
     assert detail_box(6400, 576, 2) == ((2432, 0, 3968, 576), (4864, 0, 7936, 1152))
-    assert detail_box(480, 270, 4) == ((0, 0, 480, 270), (0, 0, 1920, 1080)), "small ones are shown whole"
+    assert detail_box(480, 270, 4) == ((0, 0, 480, 270), (0, 0, 1920, 1080)), "small pictures are shown whole"
 
 
-def test_something_to_click():
+def test_examples():
     from srsys.serve.page_parts import EXAMPLE_PICTURES, make_examples
 
     # serve/10_page_parts.ipynb #lesson-examples
@@ -73,37 +74,47 @@ def test_something_to_click():
     Shown(data=paths[1].read_bytes())
 
 
-def test_how_it_looks():
-    from srsys.serve.page_parts import PAGE_CSS, PARTS_CSS
+def test_style_sheets_and_scripts():
+    from srsys.serve.page_parts import page_css
 
     # serve/10_page_parts.ipynb #lesson-look
-    assert "@media (max-width: 800px)" in PAGE_CSS and ".dark" in PAGE_CSS
-    assert not re.search(r"https?://|@import|url\(", PAGE_CSS + PARTS_CSS), "nothing is loaded from anywhere"
+    css = page_css()
+    assert "@media (max-width: 800px)" in css and ".dark {" in css
+    assert not re.search(r"https?://|@import|url\(", css), "nothing is loaded from another host"
 
 
-def test_where_a_picture_is_dropped():
-    from srsys.serve.page_parts import DROP_HTML, DROP_JS, example_buttons
+def test_the_drop_area():
+    from srsys.serve.page_parts import DROP_HTML, EXAMPLE_PICTURES, example_buttons, read_static
 
     # serve/10_page_parts.ipynb #lesson-drop
-    assert example_buttons().count("<button") == 3 and "aria-label" in DROP_HTML and "paste" in DROP_JS
+    buttons = example_buttons()
+    assert buttons.count("<button") == len(EXAMPLE_PICTURES) and "A cat, blurred and noisy" in buttons
+    assert 'aria-label="Choose a picture"' in DROP_HTML
+    script = read_static("drop_area.js")
+    for word in ("'paste'", "'drop'", "page/pictures", "props.max_bytes"):
+        assert word in script
 
 
 def test_before_and_after():
-    from srsys.serve.page_parts import COMPARE_JS, before_html, compare_html
+    from srsys.serve.page_parts import before_html, compare_html
 
     # serve/10_page_parts.ipynb #lesson-compare
-    page = compare_html("a" * 32, "b" * 32, 'cat "Tom" <1>.jpg', RESULT)
-    assert 'alt="Before: cat &quot;Tom&quot; &lt;1&gt;.jpg, 160 × 96 pixels"' in page and 'type="range"' in page
+    view = compare_html("a" * 32, "b" * 32, 'cat "Tom" <1>.jpg', RESULT)
+    assert 'alt="Before: cat &quot;Tom&quot; &lt;1&gt;.jpg, 160 × 96 pixels"' in view
+    assert 'type="range"' in view
     assert "<script" not in before_html("a" * 32, "<script>alert(1)</script>", RESULT.header)
-    assert COMPARE_JS.count("{") == COMPARE_JS.count("}")
 
 
-def test_in_words():
+def test_texts():
     from srsys.serve.page_parts import error_html, progress_html
 
     # serve/10_page_parts.ipynb #lesson-words
-    print(error_html(image.ImageError("cat <3>.png: broken or incomplete")))
+    error = error_html(image.ImageError("cat <3>.png: broken or incomplete"))
+    assert 'role="alert">cat &lt;3&gt;.png: broken or incomplete<' in error, "escaped, in one line"
     job = RestoreJob(RestoreRequest(Path("cat.png")), fresh_folder())
     assert "2 pictures are before" in progress_html(job, 2)
-    job.running, job.progress = True, (3, 12)
-    assert "3 of 12 tiles" in progress_html(job, 0)
+    assert "1 picture is before" in progress_html(job, 1)
+    job.state = JobState.RUNNING
+    for progress, text in [((0, 0), "Reading"), ((3, 12), "3 of 12 tiles"), ((12, 12), "Writing")]:
+        job.progress = progress
+        assert text in progress_html(job, 0)

@@ -20,19 +20,17 @@ def test_a_replica():
     with tempfile.TemporaryDirectory() as home:
         replica = Replica(ServiceOptions(Path(home), device="cpu", precision="float32", cores=1))
         with TestClient(replica.__serve_build_asgi_app__()) as client:
-            assert client.get("/readyz").json() == {"ready": True}, "from its first moment on"
-            answer = client.post(
-                "/v1/restore", files={"file": encode_picture(Picture(cat))}, data={"model": "fast", "scale": 2}
-            )
+            assert client.get("/readyz").json() == {"ready": True}, "ready as soon as it is made"
+            upload, fields = {"file": encode_picture(Picture(cat))}, {"model": "fast", "scale": 2}
+            response = client.post("/v1/restore", files=upload, data=fields)
             replica.check_health()
-        replica.watch.end()
+        replica.watcher.end()
         try:
             replica.check_health()
         except RuntimeError as error:
-            print(error)
+            assert str(error) == "the engine's thread has ended"
         else:
-            raise AssertionError("it was closed with the app")
+            raise AssertionError("the engine was closed with the app")
     alone = Restorer(load(shipped_weights()["fast-x2"]), "cpu", "float32").restore(Picture(cat)).pixels
-    assert answer.headers["x-model-version"] == "srsys-fast-x2/1" and np.array_equal(
-        open_picture(answer.content).pixels, alone
-    )
+    assert response.headers["x-model-version"] == "srsys-fast-x2/1"
+    assert np.array_equal(open_picture(response.content).pixels, alone), "the same pixels as without a server"

@@ -18,37 +18,39 @@ BEFORE, AFTER = Path(lesson_home.name) / "before.png", Path(lesson_home.name) / 
 PHOTO = skimage.data.astronaut()[:96, 160:320].copy()
 image.save_picture(image.Picture(PHOTO), BEFORE)
 LARGE = np.repeat(np.repeat(PHOTO, 4, 0), 4, 1)
-LARGE[40:200, 300:420] = LARGE[200:360, 100:220]  # a piece from elsewhere
+LARGE[40:200, 300:420] = LARGE[200:360, 100:220]  # a patch from elsewhere
 image.save_picture(image.Picture(LARGE), AFTER)
 PLAN = Plan(640, 384, 4, 4, 1, 160, "cpu", "float32")
 SECONDS = {"queue": 0, "decode": 0.01, "infer": 0.2, "encode": 0.03}
 RESULT = RestoreResult(AFTER, "srsys-photo-x4/1", image.Header(160, 96, 3), PLAN, 32.5, SECONDS, ("CMYK became sRGB",))
 
 
-def test_where_it_departs():
+def test_the_heat_map():
     from srsys.serve.result_card import make_heat_map, mean_colour_shift
 
     # serve/09_result_card.ipynb #lesson-departs
-    make_heat_map(BEFORE, AFTER, where := Path(lesson_home.name) / "where.png")
-    heat = image.open_picture(where).pixels.astype(int)
+    heat_map = Path(lesson_home.name) / "where.png"
+    make_heat_map(BEFORE, AFTER, heat_map)
+    heat = image.open_picture(heat_map).pixels.astype(int)
     red = heat[..., 0] - heat[..., 1]
-    assert red[15:45, 80:100].mean() > 3 * abs(red[60:, :20]).mean()
-    print(f"colours moved by {mean_colour_shift(BEFORE, AFTER):.1f} levels")
-    Shown(where)
+    assert red[15:45, 80:100].mean() > 3 * abs(red[60:, :20]).mean(), "the changed patch is red, the rest is not"
+    assert mean_colour_shift(BEFORE, BEFORE) == 0
+    assert 0 < mean_colour_shift(BEFORE, AFTER) < 5
+    Shown(heat_map)
 
 
 def test_the_card():
     from srsys.serve.result_card import facts_html
 
     # serve/09_result_card.ipynb #lesson-facts
-    facts = facts_html("a" * 32, "cat.png", RESULT, 0.26)
-    assert (
-        "photo-x4, version 1" in facts
-        and "0.3 of 255 levels" in facts
-        and "Look closely" not in facts
-        and 'name="keep">' in facts
-    )
-    strange = RestoreResult(
+    TOKEN = "a" * 32
+    card = facts_html(TOKEN, "cat.png", RESULT, 0.26)
+    assert "photo-x4, version 1" in card
+    assert "0.3 of 255 levels" in card
+    assert "<li>CMYK became sRGB</li>" in card
+    assert "Look closely" not in card, "no warning without a reason"
+    assert 'name="keep">' in card, "not ticked"
+    doubtful = RestoreResult(
         AFTER,
         "srsys-photo-x4/shipped",
         RESULT.header,
@@ -57,7 +59,8 @@ def test_the_card():
         SECONDS | {"queue": 3.1},
         warning="parts of this result depart from the picture",
     )
-    print(*re.sub("<[^>]+>", " ", facts_html("a" * 32, "<cat>.png", strange, 4.2)).split(), sep=" ")
-    assert "Parts of this result" in facts_html("a" * 32, "<cat>.png", strange, 0) and "<cat>" not in facts_html(
-        "a" * 32, "<cat>.png", strange, 0
-    )
+    card = facts_html(TOKEN, "<cat>.png", doubtful, 4.2)
+    assert "<b>Look closely.</b> Parts of this result depart from the picture." in card
+    assert "after 3.1 s of waiting" in card
+    assert "<cat>" not in card, "the file's name is escaped"
+    print(*re.sub("<[^>]+>", " ", card).split(), sep=" ")

@@ -20,30 +20,32 @@ HOME = Path(lesson_home.name)
 PHOTO = data.astronaut()[:96, 160:320].copy()
 
 
-def refusal(do, *args):
-    "The error that `do` raises, as text with its class."
+def refusal(kind, do, *args):
+    "The message of the error that `do` raises, which must be of this class."
     try:
         do(*args)
     except Exception as error:
-        return f"{type(error).__name__}: {error}".replace(lesson_home.name, "…")
+        assert type(error) is kind, repr(error)
+        return str(error)
     raise AssertionError("that should have failed")
 
 
-def test_what_a_worker_does():
+def test_reading_and_writing_a_file():
     from srsys.serve.worker_pool import decode_to_raw, encode_from_raw
 
     # serve/01_worker_pool.ipynb #lesson-files
     image.save_picture(image.Picture(PHOTO), HOME / "cat.png")
-    header, done = decode_to_raw(HOME / "cat.png", HOME / "cat.raw")
-    assert done and (HOME / "cat.raw").stat().st_size == PHOTO.size
+    header, decoded = decode_to_raw(HOME / "cat.png", HOME / "cat.raw")
+    assert decoded and (HOME / "cat.raw").stat().st_size == PHOTO.size
     assert encode_from_raw(HOME / "cat.raw", header, HOME / "again.webp", "webp", 100) == ()
     assert np.array_equal(image.open_picture(HOME / "again.webp").pixels, PHOTO)
-    header, done = decode_to_raw(HOME / "cat.png", HOME / "nothing.raw", at_most=1000)
-    assert header.width == 160 and not done and not (HOME / "nothing.raw").exists()
-    print(refusal(decode_to_raw, HOME / "cat.png", HOME / "cat.png" / "raw", "cat.png"))
+    header, decoded = decode_to_raw(HOME / "cat.png", HOME / "nothing.raw", decode_limit=1000)
+    assert header.width == 160 and not decoded and not (HOME / "nothing.raw").exists()
+    message = refusal(image.WriteError, decode_to_raw, HOME / "cat.png", HOME / "cat.png" / "raw", "cat.png")
+    assert message == "cat.png: cannot be decoded to disk: Not a directory"
 
 
-def test_what_is_shown_is_not_what_is_kept():
+def test_previews_for_the_page():
     from srsys.serve.worker_pool import copy_without_metadata, make_detail, make_preview
 
     # serve/01_worker_pool.ipynb #lesson-preview
@@ -70,31 +72,35 @@ def test_what_is_shown_is_not_what_is_kept():
     assert np.array_equal(image.open_picture(HOME / "kept.png").pixels, wide)
 
 
-def test_a_process_that_may_die():
-    from srsys.serve.worker_pool import Worker, decode_to_raw, serve_tasks
+def test_a_worker_process():
+    from srsys.serve.worker_pool import Worker, WorkerCrashed, decode_to_raw, serve_tasks
 
     # serve/01_worker_pool.ipynb #lesson-attend
     ours, theirs = multiprocessing.Pipe()
+    answers = []
     ours.send((sorted, ([3, 1, 2],), 60))
     ours.send((os.stat, (HOME / "missing",), 60))
-    asked = threading.Thread(target=lambda: [print(ours.recv()), print(type(ours.recv()[1]).__name__), ours.close()])
-    asked.start()
+    client = threading.Thread(target=lambda: [answers.append(ours.recv()), answers.append(ours.recv()), ours.close()])
+    client.start()
     serve_tasks(theirs)
-    asked.join()
+    client.join()
+    assert answers[0] == (True, [1, 2, 3])
+    assert answers[1][0] is False and type(answers[1][1]) is FileNotFoundError
 
     # serve/01_worker_pool.ipynb #lesson-worker
     worker = Worker()
     assert worker.call(60, sorted, [3, 1, 2]) == [1, 2, 3] and worker.call(60, os.getpid) == worker.process.pid
-    print(refusal(worker.call, 60, decode_to_raw, HOME / "cat.raw", HOME / "x.raw", "cat.raw"))
-    print(refusal(worker.call, 60, os.abort))
+    message = refusal(image.FormatError, worker.call, 60, decode_to_raw, HOME / "cat.raw", HOME / "x.raw", "cat.raw")
+    assert message.startswith("cat.raw: ")
+    assert refusal(WorkerCrashed, worker.call, 60, os.abort) == "the process ended without an answer"
     for fatal in [lambda w: w.call(0.5, time.sleep, 60), lambda w: w.process.kill() or w.call(60, os.getpid)]:
         worker = Worker()
-        refusal(fatal, worker)
+        refusal(WorkerCrashed, fatal, worker)
         assert worker.process.returncode is not None
 
 
-def test_many_of_them():
-    from srsys.serve.worker_pool import WorkerPool
+def test_the_pool():
+    from srsys.serve.worker_pool import WorkerCrashed, WorkerPool
 
     # serve/01_worker_pool.ipynb #lesson-pool
     pool = WorkerPool(2)
@@ -102,28 +108,29 @@ def test_many_of_them():
         answer.result()
     first = {worker.process.pid for worker in pool._all}
     assert len(first) == 2 and pool.call(os.getpid) in first
-    print(refusal(pool.call, os.abort))
+    assert refusal(WorkerCrashed, pool.call, os.abort) == "2 processes ended, or one took too long"
     assert pool.call(sorted, [2, 1]) == [1, 2], "the next task finds a new worker"
 
     single, killed = WorkerPool(1), set()
-    asked = single.threads.submit(single.call, time.sleep, 1)
+    answer = single.threads.submit(single.call, time.sleep, 1)
     while len(killed) < 3:
         for worker in single._all - killed:
             worker.process.kill()
             killed.add(worker)
         time.sleep(0.01)
-    assert asked.result() is None, "tried a fourth time"
-    print(refusal(single.call, os.kill, 0, signal.SIGKILL))  # a worker is a group of its own, and ends itself
+    assert answer.result() is None, "tried a fourth time"
+    # a worker is a process group of its own, so this task kills its worker
+    assert refusal(WorkerCrashed, single.call, os.kill, 0, signal.SIGKILL).startswith("4 processes ended")
     single.close()
 
     # serve/01_worker_pool.ipynb #lesson-pool-fails
     hurried = WorkerPool(1, seconds=1)
-    print(refusal(hurried.call, time.sleep, 60))
-    asked = pool.threads.submit(pool.call, time.sleep, 60)
+    assert refusal(WorkerCrashed, hurried.call, time.sleep, 60).startswith("1 processes ended")
+    answer = pool.threads.submit(pool.call, time.sleep, 60)
     while pool._idle.qsize() > 1:
         time.sleep(0.01)
     remaining = list(pool._all)
     pool.close()
-    print(refusal(asked.result))
+    assert refusal(WorkerCrashed, answer.result) == "the pool is closed"
     hurried.close()
-    assert all(worker.process.returncode is not None for worker in remaining)
+    assert remaining and all(worker.process.returncode is not None for worker in remaining)

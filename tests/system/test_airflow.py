@@ -1,4 +1,5 @@
-"""The timetable's rows as Airflow DAGs, run by a real Airflow in an environment of its own (`make airflow`) over the real notebooks."""
+"""The rows of the timetable as Airflow DAGs, run by Airflow in a separate environment (`make airflow`), with the real
+notebooks."""
 
 import json
 import os
@@ -23,15 +24,27 @@ from airflow.utils.session import create_session
 for name in sys.argv[2:]:
     run = srsys_dags.DAGS[name].test()
     with create_session() as session: events = [e.asset.uri for e in session.query(AssetEvent)]
-    print("RESULT", json.dumps({"state": str(run.state), "tasks": {t.task_id: str(t.state) for t in run.get_task_instances()}, "events": events}))
+    tasks = {t.task_id: str(t.state) for t in run.get_task_instances()}
+    print("RESULT", json.dumps({"state": str(run.state), "tasks": tasks, "events": events}))
 """
 LOOK = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import srsys_dags
-print("RESULT", json.dumps([{"image": t.image, "gpus": t.container_resources.limits, "on": t.node_selector, "command": t.cmds[-1]} for t in srsys_dags.DAGS["retrain"].tasks]))
-print("RESULT", json.dumps({name: [repr(dag.schedule), dag.max_active_runs, dag.catchup, dag.task_ids] for name, dag in srsys_dags.DAGS.items()}))
+from kubernetes.client import ApiClient
+plain = ApiClient().sanitize_for_serialization
+print("RESULT", json.dumps([
+    {"gpus": t.container_resources.limits, "on": t.node_selector, "command": t.cmds[-1],
+     "pod": plain(t.security_context),
+     "containers": [plain(t.container_security_context), plain(t.xcom_sidecar_container_security_context)],
+     "mounts": [mount.mount_path for mount in t.volume_mounts], "environment": plain(t.env_vars), "labels": t.labels}
+    for t in srsys_dags.DAGS["retrain"].tasks]))
+print("RESULT", json.dumps({
+    name: [repr(dag.schedule), dag.max_active_runs, dag.catchup, dag.task_ids]
+    for name, dag in srsys_dags.DAGS.items()}))
 """
+
+RETRAIN = "[retrain]\nevery = { weeks = 2 }\nbegins = 2026-01-05T02:00:00Z\n"
 
 
 @pytest.fixture
@@ -76,11 +89,20 @@ def airflow(tmp_path):
 
 
 def test_the_rows_are_dags(airflow):
-    "Of the timetable that is shipped: two weeks or an asset, one run at a time; and as pods on the GPU pool, if an image is named."
+    "The shipped timetable: every two weeks or by an asset, one run at a time; pods on GPU nodes if an image is named."
     pods, dags = airflow(LOOK, SRSYS_POD_IMAGE="registry.example/srsys:1")
     assert [p["on"] for p in pods] == [{"srsys/pool": "gpu"}] * 4 and all(
         p["gpus"] == {"nvidia.com/gpu": "1"} for p in pods
     )
+    for p in pods:  # as the namespace of docker/k8s demands
+        assert p["labels"] == {"kind": "job"}
+        assert p["pod"]["runAsNonRoot"] and p["pod"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert (
+            p["containers"]
+            == [{"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}]
+            * 2
+        )
+        assert "/tmp" in p["mounts"] and {"SRSYS_HOME", "SRSYS_SIGNING_KEY"} == {e["name"] for e in p["environment"]}
     assert (
         "srsys" in pods[1]["command"]
         and "-p steps 2000" in pods[1]["command"]
@@ -93,8 +115,8 @@ def test_the_rows_are_dags(airflow):
 
 
 def test_the_pipeline_is_run_by_airflow(airflow, home):
-    "ETL, training, evaluation and promotion as tasks, each the notebook that papermill runs, on the small pictures of the defaults."
-    row = '[retrain]\nevery = { weeks = 2 }\nbegins = 2026-01-05T02:00:00Z\nnotebooks = ["etl", "train", "evaluate", "promote"]\n'
+    "ETL, training, evaluation and promotion as tasks, each a notebook run by papermill on the default small pictures."
+    row = RETRAIN + 'notebooks = ["etl", "train", "evaluate", "promote"]\n'
     (result,) = airflow(RUN, "retrain", timetable=row)
     assert result["state"] == "success" and result["tasks"] == dict.fromkeys(
         ("etl", "train", "evaluate", "promote"), "success"
@@ -108,11 +130,16 @@ def test_the_pipeline_is_run_by_airflow(airflow, home):
 
 
 def test_monitoring_asks_for_a_retraining(airflow, tmp_path):
-    "What `srsys run monitor --json` says last updates the asset, or does not; a notebook that fails is a task that fails."
-    row = '[monitor]\ncron = "5 * * * *"\nnotebooks = ["monitor"]\nasks = "retrain"\n\n[retrain]\nevery = { weeks = 2 }\nbegins = 2026-01-05T02:00:00Z\nnotebooks = ["etl"]\n'
+    "The last line of `srsys run monitor --json` decides if the asset is updated; a failed notebook fails its task."
+    row = (
+        '[monitor]\ncron = "5 * * * *"\nnotebooks = ["monitor"]\nasks = "retrain"\n\n'
+        + RETRAIN
+        + 'notebooks = ["etl"]\n'
+    )
     said = tmp_path / "said"
     said.write_text(
-        '#!/bin/sh\ntest "$2" = monitor || exit 1\necho "looked at 300 pictures"\necho "{\\"facts\\": {\\"retrain\\": $(cat "$0.wanted")}}"\n'
+        '#!/bin/sh\ntest "$2" = monitor || exit 1\necho "looked at 300 pictures"\n'
+        'echo "{\\"facts\\": {\\"retrain\\": $(cat "$0.wanted")}}"\n'
     )
     said.chmod(0o755)
     for wanted, state, events in (("false", "skipped", []), ("true", "success", ["srsys://retrain/wanted"])):

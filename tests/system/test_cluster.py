@@ -1,4 +1,4 @@
-"""docker/k8s: what Kustomize makes of it is what Kubernetes and three operators accept, and fits the code that runs in it."""
+"""docker/k8s: Kubernetes and three operators accept what Kustomize renders, and it fits the code that runs in it."""
 
 import inspect
 import re
@@ -21,19 +21,23 @@ from srsys.cli.common import Settings
 from srsys.cli.develop import track_training
 from srsys.monitor.telemetry import Metrics
 from srsys.registry.store import Store, connect_client
+from srsys.serve import worker_pool
 from srsys.train.configs import CONFIGS, Compact, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = yaml.safe_load(Path(__file__).with_name("crds.yaml").read_text())
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("docker/k8s/overlays/*/kustomization.yaml"))
 DRAIN = 25  # seconds, at most, from SIGTERM to the server's end
+SERVER_MEMORY = 3 * 2**30  # bytes for the server itself, beside its worker processes
+# Read by srsys, but not a part of Settings
+SIGNING_KEY = {"SRSYS_SIGNING_KEY", "SRSYS_SIGNING_KEY_FILE"}
 
 
 @pytest.fixture(scope="module")
 def rendered():
     "The resources of each overlay."
     if not shutil.which("kubectl"):
-        pytest.skip("needs kubectl, which brings Kustomize")
+        pytest.skip("needs kubectl, which contains Kustomize")
     return {
         name: list(
             yaml.safe_load_all(
@@ -79,6 +83,12 @@ def environment(container, maps):
     return found | {entry["name"]: entry.get("value") for entry in container.get("env", ())}
 
 
+def in_bytes(quantity):
+    "A quantity of memory of Kubernetes, such as 3Gi."
+    number, unit = re.fullmatch(r"(\d+)(Ki|Mi|Gi)", quantity).groups()
+    return int(number) * 1024 ** (["Ki", "Mi", "Gi"].index(unit) + 1)
+
+
 def config_maps(resources):
     return {r["metadata"]["name"]: r["data"] for r in resources if r["kind"] == "ConfigMap"}
 
@@ -117,7 +127,7 @@ def test_a_field_that_nobody_knows_is_refused(rendered):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_keeps_the_restricted_rules(rendered, overlay):
-    "No root, no rights, nothing written but in volumes, no address of the cluster's programs in the environment."
+    "No root, no capabilities, nothing written except in volumes, no addresses of services in the environment."
     found = list(pods(rendered[overlay]))
     assert {"Deployment srsys", "Deployment mlflow", "CronJob retrain", "CronJob evaluate", "CronJob monitor"} <= {
         name for name, _ in found
@@ -126,6 +136,8 @@ def test_every_pod_keeps_the_restricted_rules(rendered, overlay):
         spec = template["spec"]
         assert all(":" in container["image"] for container in spec["containers"]), name
         assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 10001, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not spec.get("hostNetwork") and not spec.get("initContainers"), name
         assert spec["enableServiceLinks"] is False and spec["automountServiceAccountToken"] is False, name
         for container in spec["containers"]:
             own = container["securityContext"]
@@ -152,7 +164,7 @@ def test_the_server_is_probed_and_ended_as_it_expects(rendered, overlay):
     assert container["args"][:2] == ["srsys", "serve"] and [
         container["args"][i + 1] for i, arg in enumerate(container["args"]) if "port" in arg
     ] == ["7860", "9464"]
-    routes = (ROOT / "srsys/serve.py").read_text()
+    routes = (ROOT / "srsys/serve/api.py").read_text()
     for probe, path in {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}.items():
         assert container[probe]["httpGet"] == {"path": path, "port": "http"} and f'"{path}"' in routes
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
@@ -172,7 +184,7 @@ def test_every_setting_exists(rendered, overlay):
     for name, template in pods(rendered[overlay]):
         for container in template["spec"]["containers"]:
             given = environment(container, maps)
-            assert {key for key in given if key.startswith("SRSYS_")} <= settings, name
+            assert {key for key in given if key.startswith("SRSYS_")} <= settings | SIGNING_KEY, name
             if name == "Deployment mlflow":
                 assert (
                     set(given) <= set(of_mlflow)
@@ -185,6 +197,43 @@ def test_every_setting_exists(rendered, overlay):
     assert "mlflow:5000" in maps[next(m for m in maps if m.startswith("mlflow"))]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(
         ","
     )
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_that_runs_srsys_has_the_signing_key(rendered, overlay):
+    maps = config_maps(rendered[overlay])
+    for name, template in pods(rendered[overlay]):
+        spec = template["spec"]
+        for container in spec["containers"]:
+            given = environment(container, maps)
+            volumes = {v["name"]: v.get("secret", {}) for v in spec["volumes"]}
+            mounted = {
+                f"{mount['mountPath']}/{item['path']}"
+                for mount in container["volumeMounts"]
+                for item in volumes[mount["name"]].get("items", ())
+            }
+            key = given.get("SRSYS_SIGNING_KEY_FILE")
+            assert (key in mounted and key == "/run/secrets/signing_key") == (name != "Deployment mlflow"), name
+            tokens = [entry for entry in container.get("env", ()) if entry["name"] == "SRSYS_TOKENS"]
+            assert all(not entry["valueFrom"]["secretKeyRef"].get("optional") for entry in tokens), (
+                "never open by mistake"
+            )
+            assert bool(tokens) == (name in ("Deployment srsys", "RayService srsys")), name
+
+
+def test_a_pod_that_serves_holds_the_server_and_a_worker_at_its_limit(rendered):
+    "A file that makes its decoder take all the memory that it may take ends that worker, not the pod."
+    for overlay in OVERLAYS:
+        templates = [named(rendered[overlay], "Deployment", "srsys")["spec"]["template"]]
+        if overlay == "ray":
+            service = named(rendered[overlay], "RayService", "srsys")["spec"]["rayClusterConfig"]
+            templates += [group["template"] for group in service["workerGroupSpecs"]]
+        for template in templates:
+            (container,) = template["spec"]["containers"]
+            in_memory = [v["emptyDir"] for v in template["spec"]["volumes"] if v.get("emptyDir", {}).get("medium")]
+            held = sum(in_bytes(volume["sizeLimit"]) for volume in in_memory)
+            limit = in_bytes(container["resources"]["limits"]["memory"])
+            assert limit >= worker_pool.WORKER_MEMORY + SERVER_MEMORY + held, overlay
 
 
 def test_what_is_scaled_by_and_scraped_is_what_the_server_says(rendered):

@@ -36,7 +36,7 @@ def die_before(step, home):
                 os.kill(os.getpid(), signal.SIGKILL)
             return do(*args, **options)
         return call
-    for owner, names in {fcntl: ["flock"], os: ["replace", "rename", "fsync"], runner: ["_settle", "write_job_metrics"], Path: ["write_text"],
+    for owner, names in {fcntl: ["flock"], os: ["replace", "rename", "fsync"], runner: ["_save_report", "write_job_metrics"], Path: ["write_text"],
                          MlflowClient: ["create_experiment", "create_run", "update_run", "set_tag", "log_batch", "log_artifact", "set_terminated"]}.items():
         for name in names:
             setattr(owner, name, counted(name, getattr(owner, name)))
@@ -176,12 +176,12 @@ def test_a_runner_killed_before_every_step(driver):
         "flock",
         "create_run",
         "set_tag",
-        "_settle",
+        "_save_report",
         "replace",
         "fsync",
         "log_artifact",
         "log_artifact",
-        "leave_signals",
+        "write_job_metrics",
         "rename",
         "webhook",
         "set_terminated",

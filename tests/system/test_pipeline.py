@@ -60,8 +60,9 @@ def test_its_scripts_are_verbs_that_a_laptop_has_too():
 
 def test_the_report_says_what_failed_and_what_is_missing(tmp_path):
     (tmp_path / "junit.xml").write_text(
-        '<testsuites><testsuite><testcase classname="tests.a" name="good" time="1.5"/><testcase classname="tests.a" name="bad" time="2">'
-        '<failure message="no"/></testcase><testcase classname="tests.a" name="left" time="0"><skipped/></testcase></testsuite></testsuites>'
+        '<testsuites><testsuite><testcase classname="tests.a" name="good" time="1.5"/>'
+        '<testcase classname="tests.a" name="bad" time="2"><failure message="no"/></testcase>'
+        '<testcase classname="tests.a" name="left" time="0"><skipped/></testcase></testsuite></testsuites>'
     )
     (tmp_path / "coverage.xml").write_text('<coverage line-rate="0.991" branch-rate="0.97"/>')
     said = subprocess.run(
@@ -73,7 +74,7 @@ def test_the_report_says_what_failed_and_what_is_missing(tmp_path):
     ).stdout
     assert said == (
         "**1 passed, 1 failed, 1 skipped** in 4 s.\n- `tests.a::bad`\n\nLines covered: 99.1%, branches: 97.0%.\n\n"
-        "`gate.md` is missing: the job that makes it did not come that far.\n"
+        "`gate.md` is missing: the job that writes it failed earlier or did not run.\n"
     )
 
 
@@ -92,6 +93,18 @@ def test_a_deployment_is_tried_with_a_picture(served):
     assert re.fullmatch(r"srsys-\w+-x\d/\d+, srsys [\d.]+", smoke(served.page))
     with pytest.raises(OSError):
         smoke(served.metrics.removesuffix("/metrics") + "/nothing-here", patience=0)
+
+
+def test_a_deployment_that_requires_a_token_is_tried_with_it(serve, tmp_path):
+    running = serve(tmp_path, SRSYS_TOKENS=(secret := "the-token-of-this-deployment"))
+    for token, status in (("", 1), (secret, 0)):
+        done = subprocess.run(
+            [sys.executable, ROOT / "docker/smoke.py", running.page],
+            env=os.environ | {"TOKEN": token},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status and ("401" in done.stderr) == bool(status), done.stderr
 
 
 KUBECTL = """#!/bin/sh

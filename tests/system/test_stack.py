@@ -1,6 +1,6 @@
-"""The topology of docker/compose.yaml as processes, with its environment variables: PostgreSQL, an S3-compatible server
-(moto's, which speaks the protocol), MLflow and srsys. A model is trained, registered, promoted and served, and is still served
-after everything was started anew."""
+"""The services of docker/compose.yaml as processes, with their environment variables: PostgreSQL, an S3-compatible
+server (moto's, which speaks the protocol), MLflow and srsys. A model is trained, registered, promoted and served, and
+is still served after everything was restarted."""
 
 import io
 import os

@@ -5,7 +5,7 @@ import pytest
 from srsys.evaluate import speed
 from srsys.serve.admission import RestoreRequest, ServerLimits
 from srsys.serve.engine import Engine
-from srsys.serve.load_test import PICTURE_SIZE, compare_throughput, make_form, overload, running_server
+from srsys.serve.load_test import PICTURE_SIZE, compare_throughput, make_form, measure_overload, running_server
 from srsys.serve.model_table import load_table
 
 pytestmark = pytest.mark.timeout(1800)
@@ -22,7 +22,7 @@ def loaded(folder, size, count, rounds):
         )
         value = engine.metrics.registry.get_sample_value
         before = value("srsys_batch_size_sum")
-        seen = overload(port, form, pace.http, ServerLimits(), count=2 * count)
+        seen = measure_overload(port, form, pace.http, ServerLimits(), count=2 * count)
         print(pace, seen)
         return pace, seen, value("srsys_batch_size_sum") - before
 
