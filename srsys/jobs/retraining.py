@@ -224,13 +224,14 @@ def retrain(
             config,
             out / "pictures",
             out,
-            watch=lambda _: NotebookProgress(tracker),
-            find=lambda _: champion.model,
+            progress_of=lambda _: NotebookProgress(tracker),
+            load_weights=lambda _: champion.model,
             accelerator=accelerator,
-            tiles=patches,
+            patches=patches,
         )
     pairs = validation_pairs([read_rgb(picture) for picture in held], config)
-    upscale = partial(upscale_picture, champion.model.net, scale=config.scale)
+    multiple_of = config.network.multiple_of
+    upscale = partial(upscale_picture, champion.model.net, scale=config.scale, multiple_of=multiple_of)
     before, _ = validate(upscale, pairs, config.scale)
     curve = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     return RetrainResult(
@@ -265,7 +266,7 @@ def comparison_sheet(
         y, x = (max(0, (n - side) // 2) for n in hr.shape[:2])
         hr = crop_to_multiple(hr[y:, x:][:side, :side], scale)
         lr = degrade_picture(hr, scale, degrade, i)
-        row = [imresize(lr, scale), *(upscale_picture(m.net, lr, scale) for m in networks), hr]
+        row = [imresize(lr, scale), *(upscale_picture(m.net, lr, scale, m.multiple_of) for m in networks), hr]
         sheet.append(np.concatenate([pad(piece) for piece in row], axis=1))
     return np.concatenate(sheet)
 

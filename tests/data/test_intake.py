@@ -13,12 +13,11 @@ from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 from skimage import data as photos
 
 from srsys.data import datasets
-from srsys.data.leaks import picture_hash
 from srsys.image import ImageError, Picture, encode_picture, open_picture
-from srsys.metrics.scores import luma
 
 # data/04_intake.ipynb #lesson-helpers
 STREET = {
@@ -39,18 +38,16 @@ BAD = {
     "blocks.jpg": encode_picture(Picture(STREET["coffee"]), "jpeg", 40),
     "sticker.png": png(np.dstack([STREET["coffee"], np.tile(np.uint8([0, 255]), (320, 210))])),
 }
-INBOX = (
-    {f"{name}.png": png(picture) for name, picture in STREET.items()}
-    | BAD
-    | {
-        "again.jpg": encode_picture(Picture(STREET["coffee"]), "jpeg", 80),
-        "trip/cat.png": png(photos.chelsea()[20:290, 60:400]),
-        ".half.png": b"\x89PNG",
-    }
-)
+INBOX = {
+    **{f"{name}.png": png(picture) for name, picture in STREET.items()},
+    **BAD,
+    "again.jpg": encode_picture(Picture(STREET["coffee"]), "jpeg", 80),
+    "trip/cat.png": png(photos.chelsea()[20:290, 60:400]),
+    ".half.png": b"\x89PNG",
+}
 
 
-def a_benchmark(home, name, picture):
+def add_benchmark(home, name, picture):
     (home / "data" / name).mkdir(parents=True)
     (home / "data" / name / "1.png").write_bytes(png(picture))
     (home / "data" / name / "manifest.jsonl").write_text(
@@ -59,68 +56,69 @@ def a_benchmark(home, name, picture):
 
 
 @contextmanager
-def a_home(**files):
-    "A home with a benchmark of one picture, the cat, and these files in its inbox."
+def new_home(**files):
+    "A home folder with a benchmark of one picture, the cat, and the given files in its inbox"
     with tempfile.TemporaryDirectory() as folder:
         home, inbox = Path(folder), Path(folder) / "data/inbox"
-        a_benchmark(home, "cats", photos.chelsea())
+        add_benchmark(home, "cats", photos.chelsea())
         for name, content in files.items():
             (inbox / name).parent.mkdir(parents=True, exist_ok=True)
             (inbox / name).write_bytes(content)
         yield home, inbox
 
 
-def test_fit_to_learn_from():
+def test_suitable_for_training():
     from srsys.data.intake import IntakeError, IntakeRules, prepare_picture
 
     # data/04_intake.ipynb #lesson-fit
-    with a_home(
-        **BAD,
-        **{
-            "good.jpg": encode_picture(Picture(STREET["coffee"]), "jpeg", 90),
-            "deep.png": png(STREET["camera"].astype(np.uint16) * 257),
-        },
-    ) as (home, inbox):
-        for path in sorted(inbox.iterdir()):
-            try:
-                print(f"{path.name:12} fit, {prepare_picture(path, IntakeRules()).shape}")
-            except (IntakeError, ImageError) as reason:
-                print(f"{path.name:12} {reason}")
-                assert path.name in BAD
-            else:
-                assert path.name in ("good.jpg", "deep.png")
+    REASONS = {
+        "small.png": "too small: 420×200, and the shorter side must have 256 pixels",
+        "broken.png": "broken or incomplete",
+        "flat.png": "too little contrast: its brightness varies by 0.0 levels, and at least 4 are needed",
+        "words.jpg": "not a picture|not an image|unknown",
+        "blocks.jpg": "compressed too much: a JPEG of quality 40, and at least 75 is needed",
+        "sticker.png": "parts of it are transparent",
+    }
+    good = {
+        "good.jpg": encode_picture(Picture(STREET["coffee"]), "jpeg", 90),
+        "deep.png": png(STREET["camera"].astype(np.uint16) * 257),
+    }
+    with new_home(**BAD, **good) as (home, inbox):
+        for name in good:
+            assert prepare_picture(inbox / name, IntakeRules()).shape == (320, 420, 3)
+        for name, reason in REASONS.items():
+            with pytest.raises((IntakeError, ImageError), match=reason) as error:
+                prepare_picture(inbox / name, IntakeRules())
+            print(f"{name:12} {error.value}")
 
 
-def test_seen_before():
-    from srsys.data.intake import KnownHashes
+def test_copies():
+    from srsys.data.intake import KnownHashes, _hash
 
     # data/04_intake.ipynb #lesson-copies
-    with a_home() as (home, inbox):
+    with new_home() as (home, inbox):
         known = KnownHashes(home)
-        assert known.like("0" * 16, 64) is None  # nothing is like nothing
+        assert known.find_copy("0" * 16, 64) is None  # there are no pictures yet
         for name, picture in STREET.items():
-            known.add(name, picture_hash(luma(picture).astype(np.float32)))
-        half = STREET["coffee"][::2, ::2]
-        again = np.array(open_picture(encode_picture(Picture(half), "jpeg", 60)).pixels)
-        print("half the size, through JPEG 60:", known.like(picture_hash(luma(again).astype(np.float32)), 6))
-        assert (
-            known.like(picture_hash(luma(again).astype(np.float32)), 6) == "coffee"
-            and known.like(picture_hash(luma(photos.chelsea()).astype(np.float32)), 6) is None
-        )
+            known.add(name, _hash(picture))
+        half_size = STREET["coffee"][::2, ::2]
+        recompressed = np.array(open_picture(encode_picture(Picture(half_size), "jpeg", 60)).pixels)
+        assert known.find_copy(_hash(recompressed), 6) == "coffee"
+        assert known.find_copy(_hash(photos.chelsea()), 6) is None
 
 
-def test_held_out_by_its_digest():
+def test_held_out_by_digest():
     from srsys.data.intake import IntakeRules, choose_split, store_picture
 
     # data/04_intake.ipynb #lesson-place
     splits = [choose_split(hashlib.sha256(str(n).encode()).hexdigest(), 5) for n in range(2000)]
-    print(f"of 2,000 files {splits.count('validation')} are held out")
+    print(f"{splits.count('validation')} of 2,000 files are held out")
     assert abs(splits.count("validation") - 400) < 60
-    with a_home() as (home, inbox):
+    with new_home() as (home, inbox):
         entry = store_picture(home, STREET["coffee"], "0" * 64, "2026-01-01", IntakeRules())
         print(entry.path, entry.split, entry.width, entry.height)
         assert entry == store_picture(home, STREET["coffee"], "0" * 64, "2026-01-15", IntakeRules()), (
-            "what was kept before stays where it is"
+            "a picture that is there already keeps its name"
         )
 
 
@@ -128,52 +126,51 @@ def test_quarantine():
     from srsys.data.intake import quarantine
 
     # data/04_intake.ipynb #lesson-quarantine
-    with a_home(**{"words.jpg": b"Hello, I am a picture."}) as (home, inbox):
+    with new_home(**{"words.jpg": b"Hello, I am a picture."}) as (home, inbox):
         target = quarantine(home, inbox / "words.jpg", "not a picture")
         print(target.name, "|", (home / f"data/quarantine/{target.name}.json").read_text().replace("\n", ""))
         assert target.read_bytes().startswith(b"Hello") and not any(inbox.iterdir())
         with patch("pathlib.Path.rename", side_effect=OSError("another file system")):
-            back = quarantine(home, target, "still not a picture")
-        assert back.read_bytes().startswith(b"Hello") and not target.exists()
-        os.mkfifo(inbox / "pipe.png")  # sha256 would wait for somebody to write into it
+            copied = quarantine(home, target, "still not a picture")
+        assert copied.read_bytes().startswith(b"Hello") and not target.exists()
+        os.mkfifo(inbox / "pipe.png")  # reading it would wait for a writer
         assert quarantine(home, inbox / "pipe.png", "not a file").name == "no-file_pipe.png"
 
 
-def test_take_in():
+def test_processing_the_inbox():
     from srsys.data.intake import IntakeRules, IntakeSummary, process_inbox
 
     # data/04_intake.ipynb #lesson-take-in
-    with a_home(**INBOX) as (home, inbox):
-        taken = process_inbox(inbox, home, IntakeRules(holdout=2), batch="2026-01-01")
-        for name, reason in taken.quarantined:
+    with new_home(**INBOX) as (home, inbox):
+        accepted, rules = home / "data/accepted", IntakeRules(holdout=2)
+        first = process_inbox(inbox, home, rules, batch="2026-01-01")
+        for name, reason in first.quarantined:
             print(f"{name:12} {reason}")
-        print(
-            f"{len(taken.accepted)} to train on, {len(taken.held_out)} held out, compared with {taken.benchmarks} benchmark picture"
-        )
-        assert (
-            len(taken.accepted) + len(taken.held_out) == 5
-            and len(taken.quarantined) == len(BAD) + 2
-            and taken.benchmarks == 1
-        )
-        assert "cats/1.png" in dict(taken.quarantined)["cat.png"] and "copy" in dict(taken.quarantined)["coffee.png"]
+        print(f"{len(first.accepted)} to train on, {len(first.held_out)} held out")
+        reasons = dict(first.quarantined)
+        assert len(first.accepted) + len(first.held_out) == 5 and set(reasons) == {*BAD, "cat.png", "coffee.png"}
+        assert reasons["cat.png"] == "holds the benchmark picture cats/1.png" and first.benchmarks == 1
+        assert "a copy of accepted/" in reasons["coffee.png"]  # of again.jpg, which comes first by name
         assert [p.name for p in inbox.rglob("*") if p.is_file()] == [".half.png"]
-        assert datasets.check_dataset(home / "data/accepted").sound and datasets.dataset_summary(home, "accepted")[
-            "pictures"
-        ] == {"train": len(taken.accepted), "validation": len(taken.held_out)}
+        assert datasets.check_dataset(accepted).sound
+        pictures = datasets.dataset_summary(home, "accepted")["pictures"]
+        assert pictures == {"train": len(first.accepted), "validation": len(first.held_out)}
+
         (inbox / "coffee.png").write_bytes(INBOX["rocket.png"])  # the same file again, under another name
-        again = process_inbox(inbox, home, IntakeRules(holdout=2), batch="2026-01-15")
-        assert again == IntakeSummary(taken.manifest, known=1, benchmarks=1) and not (inbox / "coffee.png").exists()
+        again = process_inbox(inbox, home, rules, batch="2026-01-15")
+        assert again == IntakeSummary(first.manifest, known=1, benchmarks=1) and not (inbox / "coffee.png").exists()
         (inbox / "coffee.png").write_bytes(INBOX["rocket.png"])
-        assert process_inbox(inbox, home, quiet=3600) == IntakeSummary(taken.manifest, benchmarks=1), (
-            "what was written within the hour may not be whole yet"
-        )
-        a_benchmark(home, "flights", STREET["rocket"][20:300, 30:330])
-        later = process_inbox(inbox, home, IntakeRules(holdout=2), batch="2026-02-01")
-        print("\nA benchmark came later:", *later.quarantined, sep="\n")
-        assert len(later.quarantined) == 2 and later.known == 0 and datasets.check_dataset(home / "data/accepted").sound
-        assert len(datasets.read_dataset_manifest(home / "data/accepted")) == 4, (
-            "the rocket was taken in, went again, and does not come back"
-        )
+        unchanged = process_inbox(inbox, home, quiet=3600)  # written within the last hour, it may be incomplete
+        assert unchanged == IntakeSummary(first.manifest, benchmarks=1)
+
+        add_benchmark(home, "flights", STREET["rocket"][20:300, 30:330])
+        later = process_inbox(inbox, home, rules, batch="2026-02-01")
+        assert [reason for _, reason in later.quarantined] == [
+            "holds a benchmark picture that came later",  # the rocket that was accepted
+            "holds the benchmark picture flights/1.png",  # the same rocket in the inbox
+        ]
+        assert later.known == 0 and datasets.check_dataset(accepted).sound
+        assert len(datasets.read_dataset_manifest(accepted)) == 4
 
 
 def test_killed_and_run_again():
@@ -183,37 +180,42 @@ import os, shutil, signal, sys
 from pathlib import Path
 from srsys.data import intake
 
-def run(home, step="store_picture", life=99):
-    "Take in, in a process of its own that is killed when it comes to a step for the n-th time; whether it was."
-    if child := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    before, steps = getattr(intake, step), iter(range(life))
-    def mortal(*args, **options):
-        if next(steps, None) is None: os.kill(os.getpid(), signal.SIGKILL)
-        return before(*args, **options)
-    setattr(intake, step, mortal)
+def is_killed(home, step="store_picture", survived=99):
+    "Process the inbox in a process that is killed at a step after surviving it some times; returns whether it was."
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    original, lives = getattr(intake, step), iter(range(survived))
+    def deadly(*args, **options):
+        if next(lives, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+    setattr(intake, step, deadly)
     intake.process_inbox(home/"data/inbox", home, batch="2026-01-01", few=2)
     os._exit(0)
 
-def contents(home): return {p.relative_to(home): p.read_bytes() for p in (home/"data").rglob("*") if p.is_file() and p.name != "about.json"}  # a note of what was looked for leaks already
+def contents(home):  # about.json only notes which leaks were searched for
+    files = (p for p in (home/"data").rglob("*") if p.is_file() and p.name != "about.json")
+    return {p.relative_to(home): p.read_bytes() for p in files}
 
 start = Path(sys.argv[1])
 whole = shutil.copytree(start, start.with_name("whole"))
-assert not run(whole)
-for step in ("save_picture", "_write_listed", "quarantine", "_move"):
-    life = 0
-    while run(home := shutil.copytree(start, start.with_name(f"{step}-{life}")), step, life):
-        assert not run(home) and contents(home) == contents(whole), (step, life)
-        life += 1
-    print(f"killed before each of {life} times {step}")
+assert not is_killed(whole)
+for step in ("save_picture", "_write_accepted", "quarantine", "_move"):
+    survived = 0
+    while is_killed(home := shutil.copytree(start, start.with_name(f"{step}-{survived}")), step, survived):
+        assert not is_killed(home) and contents(home) == contents(whole), (step, survived)
+        survived += 1
+    assert survived, f"{step} never happens"
+    print(f"killed before each of {survived} calls of {step}")
 """
 
     with (
-        a_home(
+        new_home(
             **{name: INBOX[name] for name in ("again.jpg", "coffee.png", "rocket.png", "trip/cat.png", "words.jpg")}
         ) as (home, inbox),
         tempfile.TemporaryDirectory() as elsewhere,
     ):
-        datasets.benchmark_pictures(home)  # their fingerprints are made once and kept
+        datasets.benchmark_pictures(home)  # makes and stores their fingerprints
         done = subprocess.run(
             [sys.executable, "-c", CODE, shutil.copytree(home, Path(elsewhere) / "start")],
             capture_output=True,
@@ -223,17 +225,17 @@ for step in ("save_picture", "_write_listed", "quarantine", "_move"):
         assert done.returncode == 0, done.stderr
 
 
-def test_pairs_to_be_judged_on():
+def test_pairs_for_evaluation():
     from srsys.data.intake import IntakeRules, held_out_pairs, list_batches, process_inbox
 
     # data/04_intake.ipynb #lesson-pairs
-    with a_home(**{f"{name}.png": png(picture) for name, picture in STREET.items()}) as (home, inbox):
+    with new_home(**{f"{name}.png": png(picture) for name, picture in STREET.items()}) as (home, inbox):
         assert list_batches(home) == {} and not list(held_out_pairs(home, 2))
         for n, day in enumerate(("2026-01-01", "2026-01-15")):
             (inbox / "gravel.png").write_bytes(png([photos.gravel, photos.brick][n]()[:300]))
             taken = process_inbox(inbox, home, IntakeRules(holdout=1), batch=day)
-        print({day: len(paths) for day, paths in list_batches(home).items()})
-        assert len(list_batches(home)["2026-01-01"]) == 6 and list_batches(home, "train") == {}
+        sizes = {batch: len(paths) for batch, paths in list_batches(home).items()}
+        assert sizes == {"2026-01-01": 6, "2026-01-15": 1} and list_batches(home, "train") == {}
         made = list(held_out_pairs(home, 2, "photo", list_batches(home)["2026-01-01"][:3]))
         _, axes = plt.subplots(1, 3, figsize=(7, 2), dpi=70)
         for ax, (lr, hr) in zip(axes, made, strict=True):
@@ -242,7 +244,5 @@ def test_pairs_to_be_judged_on():
             ax.imshow(small.pixels)
             ax.axis("off")
         before = made[0][0].stat().st_mtime_ns
-        assert (
-            list(held_out_pairs(home, 2, "photo", list_batches(home)["2026-01-01"][:3])) == made
-            and made[0][0].stat().st_mtime_ns == before
-        )
+        assert list(held_out_pairs(home, 2, "photo", list_batches(home)["2026-01-01"][:3])) == made
+        assert made[0][0].stat().st_mtime_ns == before, "it is not made again"

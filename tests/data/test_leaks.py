@@ -14,7 +14,7 @@ def grey_of(picture):
 
 
 def damaged(picture, crop=0, scale=1.0, quality=75, rng=None):
-    "A random crop (0: all of it), resized, through JPEG; and where the crop was"
+    "Crop a picture at random (0: all of it), resize it, and compress it as JPEG; also returns the crop's position"
     rng = rng or np.random.default_rng(0)
     y, x = (int(rng.integers(n - crop + 1)) if crop else 0 for n in picture.shape[:2])
     piece = Image.fromarray(picture[y : y + crop, x : x + crop] if crop else picture).convert("RGB")
@@ -32,54 +32,53 @@ CAT = PHOTOS["chelsea"]
 PIECE, WHERE = damaged(CAT, crop=160, quality=50)
 
 
-def test_places_that_are_found_again():
+def test_keypoints():
     from srsys.data.leaks import find_keypoints
 
     # data/01_leaks.ipynb #lesson-places
-    whole, part = find_keypoints(grey_of(CAT)), find_keypoints(grey_of(PIECE))
-    again = [min(np.hypot(*(place + WHERE - whole).T)) <= 1.5 for place in part]
+    whole, crop = find_keypoints(grey_of(CAT)), find_keypoints(grey_of(PIECE))
+    found_again = [min(np.hypot(*(point + WHERE - whole).T)) <= 1.5 for point in crop]
     _, axes = plt.subplots(1, 2, figsize=(7, 2.8), dpi=60, width_ratios=[2, 1])
-    for ax, picture, found in zip(axes, (CAT, PIECE), (whole, part), strict=True):
+    for ax, picture, points in zip(axes, (CAT, PIECE), (whole, crop), strict=True):
         ax.imshow(picture)
-        ax.scatter(*found.T[::-1], s=4, c="cyan")
+        ax.scatter(*points.T[::-1], s=4, c="cyan")
         ax.axis("off")
-    print(f"{len(whole)} places, {sum(again)} of the {len(part)} in the crop are among them")
-    assert np.mean(again) > 0.7 and len(find_keypoints(np.full((99, 99), 7, np.float32))) == 0
+    print(f"{len(whole)} keypoints; {sum(found_again)} of the {len(crop)} in the crop are among them")
+    assert np.mean(found_again) > 0.7 and len(find_keypoints(np.full((99, 99), 7, np.float32))) == 0
 
 
-def test_64_bits_for_a_place():
+def test_a_hash_of_64_bits_for_each_keypoint():
     from srsys.data.leaks import fingerprint, picture_hash
 
     # data/01_leaks.ipynb #lesson-hashes
-    one, other = fingerprint(grey_of(CAT), [1.0]), fingerprint(grey_of(PIECE), [1.0])
-    apart = np.hypot(*(other.places[:, None] + WHERE - one.places).transpose(2, 0, 1))
-    differ = np.bitwise_count(other.hashes[:, None] ^ one.hashes)
+    whole, crop = fingerprint(grey_of(CAT), [1.0]), fingerprint(grey_of(PIECE), [1.0])
+    distances = np.hypot(*(crop.places[:, None] + WHERE - whole.places).transpose(2, 0, 1))
+    bits = np.bitwise_count(crop.hashes[:, None] ^ whole.hashes)
+    same_place, other_place = bits[distances < 1.5], bits[distances > 20]
     plt.figure(figsize=(5, 1.8), dpi=60)
-    plt.hist(
-        [differ[apart < 1.5], differ[apart > 20]],
-        bins=range(0, 65, 2),
-        density=True,
-        label=["the same place after JPEG 50", "another place"],
-    )
+    labels = ["the same place after JPEG 50", "another place"]
+    plt.hist([same_place, other_place], bins=range(0, 65, 2), density=True, label=labels)
     plt.xlabel("bits that differ")
     plt.legend()
-    assert np.mean(differ[apart < 1.5] <= 12) > 0.9 and np.mean(differ[apart > 20] <= 12) < 1e-3
-    h = [int(picture_hash(grey_of(p)), 16) for p in (CAT, damaged(CAT, scale=0.4)[0], data.coffee())]
-    assert (h[0] ^ h[1]).bit_count() <= 6 and (h[0] ^ h[2]).bit_count() > 20
+    assert np.mean(same_place <= 12) > 0.9 and np.mean(other_place <= 12) < 1e-3
+    cat, smaller_cat, cup = (
+        int(picture_hash(grey_of(p)), 16) for p in (CAT, damaged(CAT, scale=0.4)[0], data.coffee())
+    )
+    assert (cat ^ smaller_cat).bit_count() <= 6 and (cat ^ cup).bit_count() > 20
 
 
-def test_a_library_to_look_things_up_in():
+def test_an_index_of_fingerprints():
     from srsys.data.leaks import build_index, fingerprint
 
     # data/01_leaks.ipynb #lesson-library
-    library = build_index({name: grey_of(PHOTOS[name]) for name in ("chelsea", "coffee")})
+    index = build_index({name: grey_of(PHOTOS[name]) for name in ("chelsea", "coffee")})
     query = fingerprint(grey_of(PIECE))
-    near = library.near(query.hashes)
-    assert (np.bitwise_count(query.hashes[near[:, 0]] ^ library.hashes[near[:, 1]]) <= 12).all()
-    print(
-        f"{len(library.hashes)} hashes of two pictures; {len(near)} are near those of a crop of the cat, {np.mean(library.who[near[:, 1]] == 0):.0%} of them the cat's"
-    )
-    assert np.mean(library.who[near[:, 1]] == 0) > 0.9 and len(build_index({}).near(query.hashes)) == 0
+    pairs = index.similar_pairs(query.hashes)
+    assert (np.bitwise_count(query.hashes[pairs[:, 0]] ^ index.hashes[pairs[:, 1]]) <= 12).all()
+    share_of_cat = np.mean(index.owners[pairs[:, 1]] == 0)
+    print(f"{len(index.hashes)} hashes of two pictures; {len(pairs)} are similar to those of a crop of the cat")
+    print(f"{share_of_cat:.0%} of these are the cat's")
+    assert share_of_cat > 0.9 and len(build_index({}).similar_pairs(query.hashes)) == 0
 
 
 def test_in_the_same_arrangement():
@@ -87,42 +86,35 @@ def test_in_the_same_arrangement():
 
     # data/01_leaks.ipynb #lesson-arrangement
     rng = np.random.default_rng(0)
-    mine = rng.uniform(0, 200, (30, 2))
-    theirs = np.where(
-        rng.random((30, 1)) < 0.5, 0.9 * mine + [40, 70], rng.uniform(0, 400, (30, 2))
-    )  # half of the pairs are chance
-    agreed, scale, shift = estimate_transform(mine, theirs)
-    assert agreed > 8 and abs(scale - 0.9) < 0.02 and np.abs(shift - [40, 70]).max() < 3
-    assert estimate_transform(mine[:1], theirs[:1])[0] == estimate_transform(mine[:2] * 0, theirs[:2])[0] == 0
+    query = rng.uniform(0, 200, (30, 2))
+    is_true_match = rng.random((30, 1)) < 0.5  # the other half of the pairs match by chance
+    matched = np.where(is_true_match, 0.9 * query + [40, 70], rng.uniform(0, 400, (30, 2)))
+    agreeing, scale, shift = estimate_transform(query, matched)
+    assert agreeing > 8 and abs(scale - 0.9) < 0.02 and np.abs(shift - [40, 70]).max() < 3
+    assert estimate_transform(query[:1], matched[:1])[0] == 0 and estimate_transform(query[:2] * 0, matched[:2])[0] == 0
+
     small, (y, x) = damaged(CAT, crop=160, scale=0.9)
-    right = overlap_correlation(grey_of(small), grey_of(CAT), 1 / 0.9, np.array([y, x]))
-    wrong = overlap_correlation(grey_of(small), grey_of(CAT), 1 / 0.9, np.array([y + 9, x]))
-    print(f"where it belongs {right:.2f}, nine pixels beside {wrong:.2f}")
-    assert (
-        right > 0.95
-        and wrong < 0.3
-        and overlap_correlation(grey_of(small), grey_of(CAT), 1.0, np.array([290, 440])) == 0
-    )
+    aligned = overlap_correlation(grey_of(small), grey_of(CAT), 1 / 0.9, np.array([y, x]))
+    misaligned = overlap_correlation(grey_of(small), grey_of(CAT), 1 / 0.9, np.array([y + 9, x]))
+    print(f"correlation where it belongs {aligned:.2f}, nine pixels off {misaligned:.2f}")
+    assert aligned > 0.95 and misaligned < 0.3
+    assert overlap_correlation(grey_of(small), grey_of(CAT), 1.0, np.array([290, 440])) == 0
 
 
-def test_found_and_where():
+def test_finding_copies():
     from srsys.data.leaks import build_index, find_copies
 
     # data/01_leaks.ipynb #lesson-find
-    library = build_index({name: grey_of(p) for name, p in PHOTOS.items()})
-    rng, rates = np.random.default_rng(0), {}
+    index = build_index({name: grey_of(p) for name, p in PHOTOS.items()})
+    rng, found = np.random.default_rng(0), {}
     for crop, scale in ((128, 1.0), (128, 0.9), (160, 0.9), (0, 0.9), (0, 0.5), (0, 2.0)):
-        tries = [
-            (name, find_copies(library, grey_of(damaged(p, crop, scale, 75, rng)[0]))) for name, p in PHOTOS.items()
-        ]
-        assert not [t for t in tries if [c for c in t[1] if c.name != t[0]]], "nothing is taken for another picture"
-        rates[f"{crop or 'all'}, ×{scale}, JPEG 75"] = sum(bool(copies) for _, copies in tries)
-    for what, found in rates.items():
-        print(f"{what:22} {found} of {len(PHOTOS)} found")
-    assert (
-        list(rates.values())[3:] == [len(PHOTOS)] * 3 and min(rates.values()) >= len(PHOTOS) - 2
-    )  # the moon's plains show little
+        copies = {name: find_copies(index, grey_of(damaged(p, crop, scale, 75, rng)[0])) for name, p in PHOTOS.items()}
+        assert all(match.name == name for name, matches in copies.items() for match in matches), "no false matches"
+        found[f"{crop or 'all'}, ×{scale}, JPEG 75"] = sum(map(bool, copies.values()))
+    for damage, count in found.items():
+        print(f"{damage:22} {count} of {len(PHOTOS)} found")
+    assert list(found.values())[3:] == [len(PHOTOS)] * 3
+    assert min(found.values()) >= len(PHOTOS) - 2  # the moon's plains show little
 
-    strangers = {name: getattr(data, name)() for name in ("brick", "grass", "gravel", "clock", "retina", "text")}
-    for name, picture in strangers.items():
-        assert not find_copies(library, grey_of(picture)[:512, :512]), name
+    for name in ("brick", "grass", "gravel", "clock", "retina", "text"):
+        assert not find_copies(index, grey_of(getattr(data, name)())[:512, :512]), name

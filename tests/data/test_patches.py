@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -24,27 +25,23 @@ def demo_folder(folder):
     return Path(folder)
 
 
-def refusal(do, *args, **options):
-    "What it says instead of doing it"
-    try:
-        do(*args, **options)
-    except TilesError as e:
-        return str(e)
-    raise AssertionError("should have refused")
+def refused(message):
+    return pytest.raises(TilesError, match=message)
 
 
-def test_which_pictures_and_which_never():
+def test_training_pictures_and_held_out_pictures():
     from srsys.data.patches import data_digest, split_pictures
 
     # data/03_patches.ipynb #lesson-split
     with tempfile.TemporaryDirectory() as folder:
-        training, held = split_pictures(demo_folder(folder), (("Photos", 2),))
-        assert [p.stem for p in training] == ["b"] and [p.stem for p in held] == ["a", "c"]
-        assert data_digest(held) == data_digest(held[::-1]) != data_digest(training)
-        print(refusal(split_pictures, Path("nowhere")))
+        training, held_out = split_pictures(demo_folder(folder), (("Photos", 2),))
+        assert [p.stem for p in training] == ["b"] and [p.stem for p in held_out] == ["a", "c"]
+        assert data_digest(held_out) == data_digest(held_out[::-1]) != data_digest(training)
+        with refused("no pictures to train on in nowhere"):
+            split_pictures(Path("nowhere"))
 
 
-def test_from_a_file_to_what_is_learned_from():
+def test_preparing_pictures_for_training():
     from srsys.data.patches import load_pictures, prepare_training_picture, read_rgb, split_pictures
 
     # data/03_patches.ipynb #lesson-read
@@ -58,8 +55,10 @@ def test_from_a_file_to_what_is_learned_from():
 
         Image.fromarray(np.zeros((9, 9), np.uint16)).save(f"{folder}/deep.png")
         Path(folder, "half.png").write_bytes(files[0].read_bytes()[:5000])
-        for bad in ("deep.png", "half.png"):
-            print(refusal(read_rgb, Path(folder, bad)).replace(folder, "…"))
+        with refused("deep.png: expected 8 bits a channel, found mode I;16"):
+            read_rgb(Path(folder, "deep.png"))
+        with refused("half.png: not a readable picture"):
+            read_rgb(Path(folder, "half.png"))
 
 
 def test_patches_from_memory():
@@ -69,35 +68,27 @@ def test_patches_from_memory():
     source = InMemoryPatches([data.astronaut(), data.chelsea()])
     patches = source.draw(96, 8, np.random.default_rng(7))
     assert patches.shape == (8, 3, 96, 96) and patches.dtype == torch.uint8
-    assert torch.equal(patches, source.draw(96, 8, np.random.default_rng(7))) and not torch.equal(
-        patches, source.draw(96, 8, np.random.default_rng(8))
-    )
-    assert (
-        source.digest
-        == InMemoryPatches([data.chelsea(), data.astronaut()]).digest
-        != InMemoryPatches([data.astronaut()]).digest
-    )
-    print(refusal(source.draw, 400, 8, np.random.default_rng(7)), "|", refusal(InMemoryPatches, []))
+    assert torch.equal(patches, source.draw(96, 8, np.random.default_rng(7)))
+    assert not torch.equal(patches, source.draw(96, 8, np.random.default_rng(8)))
+    assert source.digest == InMemoryPatches([data.chelsea(), data.astronaut()]).digest
+    assert source.digest != InMemoryPatches([data.astronaut()]).digest
+    with refused("patches of 400 do not fit into a picture with a side of 300"):
+        source.draw(400, 8, np.random.default_rng(7))
+    with refused("no pictures to draw from"):
+        InMemoryPatches([])
     _, axes = plt.subplots(1, 8, figsize=(8, 1), dpi=60)
     for ax, patch in zip(axes, patches, strict=True):
         ax.imshow(patch.permute(1, 2, 0))
         ax.axis("off")
 
     # data/03_patches.ipynb #lesson-memory-fair
-    corner = np.zeros((100, 300, 3), np.uint8)
-    corner[..., 0] = 1  # a large picture and a small one; the mean of the first channel is the share of the large one
-    share = (
-        InMemoryPatches([corner, np.zeros((100, 100, 3), np.uint8)])
-        .draw(8, 4000, np.random.default_rng(0))[:, 0]
-        .float()
-        .mean()
-        .item()
-    )
-    assert abs(share - 0.75) < 0.03, share
-    orientations = InMemoryPatches([np.arange(12, dtype=np.uint8).reshape(2, 2, 3)]).draw(
-        2, 100, np.random.default_rng(0)
-    )
-    assert len({p.numpy().tobytes() for p in orientations}) == 8  # four turns, and each of them mirrored
+    large, small = np.ones((100, 300, 3), np.uint8), np.zeros((100, 100, 3), np.uint8)
+    patches = InMemoryPatches([large, small]).draw(8, 4000, np.random.default_rng(0))
+    share_of_large = patches.float().mean().item()
+    assert abs(share_of_large - 0.75) < 0.03, share_of_large
+    numbered = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    orientations = InMemoryPatches([numbered]).draw(2, 100, np.random.default_rng(0))
+    assert len({p.numpy().tobytes() for p in orientations}) == 8  # four rotations, each of them also mirrored
 
 
 def test_pure_colours():
@@ -108,12 +99,19 @@ def test_pure_colours():
     shades = tint_patches(cat, 1.0, np.random.default_rng(1))
     assert torch.equal(tint_patches(cat, 0.0, np.random.default_rng(1)), cat) and not torch.equal(shades, cat)
     grey = tint_patches(torch.full((8, 3, 4, 4), 100, dtype=torch.uint8), 1.0, np.random.default_rng(1))
-    assert torch.equal(grey.amax((2, 3)), grey.amin((2, 3))), "what was flat is flat, in another colour"
+    assert torch.equal(grey.amax((2, 3)), grey.amin((2, 3))), "a flat patch stays flat, in another colour"
     Image.fromarray(np.concatenate([*shades.permute(0, 2, 3, 1).numpy()], 1))
 
 
 def test_patches_from_the_disk():
-    from srsys.data.patches import InMemoryPatches, ShardedTiles, cut_tiles, data_digest, iterate_tiles, split_pictures
+    from srsys.data.patches import (
+        InMemoryPatches,
+        ShardedTiles,
+        cut_tiles,
+        data_digest,
+        split_into_tiles,
+        split_pictures,
+    )
 
     # data/03_patches.ipynb #lesson-shards
     with tempfile.TemporaryDirectory() as folder:
@@ -122,17 +120,16 @@ def test_patches_from_the_disk():
         print(len(shards), "tiles in", sorted(p.name for p in out.iterdir() if p.suffix))
         assert shards.digest == data_digest(files)
         patches = shards.draw(96, 8, np.random.default_rng(7))
-        assert patches.shape == (8, 3, 96, 96) and torch.equal(
-            patches, ShardedTiles(out).draw(96, 8, np.random.default_rng(7))
-        )
+        assert patches.shape == (8, 3, 96, 96)
+        assert torch.equal(patches, ShardedTiles(out).draw(96, 8, np.random.default_rng(7)))
         shown = [t.copy() for t in shards]
 
-        where = np.indices((250, 199)).astype(np.uint8).transpose(1, 2, 0)  # each pixel says where it is
-        places = iterate_tiles(np.dstack([where, where[..., :1]]), 96, 8)[:, :2].transpose(1, 0, 2, 3).reshape(2, -1)
-        assert (
-            len(set(map(tuple, places.T))) == 250 * 199
-            and len(iterate_tiles(np.zeros((96, 96, 3), np.uint8), 96, 8)) == 1
+        rows, columns = np.indices((250, 199)).astype(np.uint8)  # each pixel holds its place
+        tiles = split_into_tiles(np.dstack([rows, columns, columns]), 96, 8)
+        assert len(set(zip(tiles[:, 0].ravel(), tiles[:, 1].ravel(), strict=True))) == 250 * 199, (
+            "every pixel is in a tile"
         )
+        assert len(split_into_tiles(np.zeros((96, 96, 3), np.uint8), 96, 8)) == 1
     _, axes = plt.subplots(2, 9, figsize=(8, 1.9), dpi=60)
     for ax, tile in zip(axes.flat, shown, strict=False):
         ax.imshow(tile.transpose(1, 2, 0))
@@ -146,76 +143,74 @@ def test_patches_from_the_disk():
     pictures = [data.astronaut(), data.chelsea(), data.coffee()]
     with tempfile.TemporaryDirectory() as folder:
         out, options = Path(folder) / "tiles", {"side": 160, "overlap": 16, "shard_bytes": 1}
-        try:
+        with pytest.raises(KeyboardInterrupt):
             cut_tiles(pictures, out, **options, on_progress=stop_at_2)
-        except KeyboardInterrupt:
-            print("stopped after", sorted(p.name for p in out.iterdir() if p.suffix))
-        print(refusal(ShardedTiles, out).replace(folder, "…"))
+        assert {p.name for p in out.iterdir() if p.suffix} == {"00000.npy", "index.json"}
+        with refused("cutting was interrupted; the same command resumes it"):
+            ShardedTiles(out)
         before, done = (out / "00000.npy").stat().st_ino, []
         shards = cut_tiles(pictures, out, **options, on_progress=lambda i, n: done.append(i))
-        assert (
-            done == [1, 2, 3]
-            and (out / "00000.npy").stat().st_ino == before
-            and shards.digest == InMemoryPatches(pictures).digest
-        )
+        assert done == [1, 2, 3] and (out / "00000.npy").stat().st_ino == before
+        assert shards.digest == InMemoryPatches(pictures).digest
         assert len(cut_tiles(pictures, out, **options)) == len(shards)  # there is nothing left to do
 
-        for others, changed in ((pictures[:2], {}), (pictures, {"overlap": 8})):
-            print(refusal(cut_tiles, others, out, **{**options, **changed}).replace(folder, "…"))
-        with FileLock(out / ".lock"):
-            print(refusal(cut_tiles, pictures, out, **options).replace(folder, "…"))
-        print(refusal(shards.draw, 200, 1, np.random.default_rng(0)).replace(folder, "…"))
+        for other_pictures, changed in ((pictures[:2], {}), (pictures, {"overlap": 8})):
+            with refused("holds tiles of other pictures or with other settings"):
+                cut_tiles(other_pictures, out, **{**options, **changed})
+        with FileLock(out / ".lock"), refused("another process is cutting into it"):
+            cut_tiles(pictures, out, **options)
+        with refused("patches of 200 do not fit into the tiles of 160"):
+            shards.draw(200, 1, np.random.default_rng(0))
         assert not shards.damaged() and len(list(shards)) == len(shards)
         with (out / "00001.npy").open("r+b") as file:
             file.seek(5000)
             file.write(b"changed")
         assert shards.damaged() == ["00001.npy"]
         os.truncate(out / "00001.npy", 5000)
-        print(refusal(ShardedTiles, out).replace(folder, "…"))
+        with refused("a shard is missing or incomplete"):
+            ShardedTiles(out)
         np.save(out / "00001.npy", np.zeros((1, 3, 160, 160), np.uint8))
-        print(refusal(ShardedTiles, out).replace(folder, "…"))
+        with refused("00001.npy: expected .* found \\(1, 3, 160, 160\\)"):
+            ShardedTiles(out)
         (out / "index.json").write_text("{")
-        print(refusal(ShardedTiles, out).replace(folder, "…"))
-        print(
-            refusal(ShardedTiles, Path(folder) / "nothing").replace(folder, "…"),
-            "|",
-            refusal(cut_tiles, [], out),
-            "|",
-            refusal(cut_tiles, pictures, out, side=64, overlap=64),
-        )
+        with refused("index.json: not an index of tiles"):
+            ShardedTiles(out)
+        with refused("holds no tiles: it has no index.json"):
+            ShardedTiles(Path(folder) / "nothing")
+        with refused("no pictures to cut"):
+            cut_tiles([], out)
+        with refused("tiles of 64 cannot overlap by 64"):
+            cut_tiles(pictures, out, side=64, overlap=64)
         (Path(folder) / "file").touch()
-        print(refusal(cut_tiles, pictures, Path(folder) / "file" / "tiles").replace(folder, "…"))
+        with refused("file/tiles: Not a directory"):
+            cut_tiles(pictures, Path(folder) / "file" / "tiles")
 
 
-def test_ahead_of_the_gpu():
+def test_prefetching():
     from srsys.data.patches import InMemoryPatches, ShardedTiles, cut_tiles, prefetch
 
     # data/03_patches.ipynb #lesson-feed
+    squares = [i * i for i in range(20)]
     assert (
-        list(prefetch(lambda i: i * i, range(20)))
-        == list(prefetch(lambda i: i * i, range(20), workers=0))
-        == [i * i for i in range(20)]
+        list(prefetch(lambda i: i * i, range(20))) == list(prefetch(lambda i: i * i, range(20), workers=0)) == squares
     )
     begun = []
-    for result in prefetch(begun.append, range(1000), ahead=3):
-        break  # noqa: B007
-    assert len(begun) <= 4, "no further ahead than asked, and what nobody wants is not made"
-    try:
-        list(prefetch(lambda i: 1 / i, [2, 1, 0]))
-    except ZeroDivisionError as e:
-        print("and an error comes out where the result would have:", e)
-    else:
-        raise AssertionError("should have failed")
+    next(prefetch(begun.append, range(1000), ahead=3))
+    assert len(begun) <= 4, "no further ahead than asked, and nothing is made after the iterator was dropped"
+    reciprocals = prefetch(lambda i: 1 / i, [2, 1, 0])
+    assert [next(reciprocals), next(reciprocals)] == [0.5, 1.0]
+    with pytest.raises(ZeroDivisionError):  # where the result would have been
+        next(reciprocals)
 
     # data/03_patches.ipynb #lesson-speed
-    def rate(source, workers, batches=8):
+    def patches_per_second(source, workers, batches=8):
         started = time.perf_counter()
         for _ in prefetch(lambda step: source.draw(256, 32, np.random.default_rng(step)), range(batches), workers):
             pass
         return 32 * batches / (time.perf_counter() - started)
 
     def forget(folder):
-        "Ask the system to drop the files from its cache"
+        "Ask the system to drop the files from its page cache"
         for path in Path(folder).glob("*.npy"):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -224,7 +219,8 @@ def test_ahead_of_the_gpu():
     with tempfile.TemporaryDirectory() as folder:
         shards = cut_tiles(photos, Path(folder), side=384, overlap=32)
         for name, source in (("memory", InMemoryPatches(photos)), ("shards, cached", shards)):
-            print(f"{name:15} {rate(source, 0):>7,.0f} a second in one thread, {rate(source, 2):>7,.0f} in two")
+            one_thread, two_threads = patches_per_second(source, 0), patches_per_second(source, 2)
+            print(f"{name:15} {one_thread:>7,.0f} a second in one thread, {two_threads:>7,.0f} in two")
         del shards
         forget(folder)
-        print(f"{'shards, cold':15} {rate(ShardedTiles(folder), 2, 2):>7,.0f} a second in two threads")
+        print(f"{'shards, cold':15} {patches_per_second(ShardedTiles(folder), 2, 2):>7,.0f} a second in two")

@@ -15,7 +15,7 @@ from srsys.evaluate.measure import EvaluateError, evaluate
 from srsys.image import Picture, save_picture
 from srsys.metrics.scores import Report
 from srsys.models.networks import CompactNet
-from srsys.models.weights import load, shipped_weights, wrap_compact
+from srsys.models.weights import load, shipped_weights, wrap_network
 
 # evaluate/02_tables.ipynb #lesson-shared
 torch.set_num_threads(1)  # the lessons' pictures are too small to benefit from several threads
@@ -155,7 +155,7 @@ def test_measuring_what_is_missing():
         # newer weights of the same name replace the older ones
         torch.manual_seed(0)
         newer = Contender(
-            wrap_compact(CompactNet(4, features=4, convs=1), "mine-x4", "of newer weights"), "mine-x4.safetensors"
+            wrap_network(CompactNet(4, features=4, convs=1), "mine-x4", "of newer weights"), "mine-x4.safetensors"
         )
         older = Contender(replace(newer.model, sha256="of older weights"), newer.spec)
         for contender in (older, newer):
@@ -201,7 +201,7 @@ def test_from_the_document_to_tables():
     literature = [PublishedScore("IMDN", 4, 715_000, 710_069, luma, "Liang et al. 2021")]
     torch.manual_seed(0)
     untrained = Contender(
-        wrap_compact(CompactNet(4, features=4, convs=1), "untrained-x4", "of untrained weights"),
+        wrap_network(CompactNet(4, features=4, convs=1), "untrained-x4", "of untrained weights"),
         "untrained-x4.safetensors",
     )
     with benchmarks() as (folder, path):

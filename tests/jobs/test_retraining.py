@@ -57,7 +57,7 @@ def test_retraining():
     result = retrain(store, "fast-x4", training[:4], held_out[:2], accelerator="cpu", **tiny)
     print(f"{result.champion.label}, {result.before:.2f} dB → {result.version.label}, {result.after:.2f} dB")
     assert result.version.aliases == ("challenger",) and [row["step"] for row in result.curve] == [1, 2]
-    with mock.patch("srsys.train.loop.train_step") as train_step:  # the same again: nothing is left to do
+    with mock.patch("srsys.train.loop.TrainingRun.train_step") as train_step:  # the same again: nothing is left to do
         again = retrain(store, "fast-x4", training[:4], held_out[:2], accelerator="cpu", **tiny)
         assert not train_step.called and again.version == result.version
     for pictures, message in (([], "nothing to retrain fast-x4 with"), (training, "there is no recipe for fast-x4")):

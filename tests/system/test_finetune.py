@@ -88,7 +88,7 @@ def test_a_checkpoint_is_fine_tuned_and_registered(kind, album, home, tmp_path):
     assert len(seen.curve) == 20 and np.mean(seen.curve[-5:]) < np.mean(seen.curve[:5]), seen.curve
 
     best = config.network.build(4)
-    best.load_state_dict(run.state["best_weights"])
+    best.load_state_dict(run.state.best_weights)
     weights.save(best, configs.make_card(config, 20, album.digest, {}), tuned := tmp_path / f"{kind}-tuned.safetensors")
     again = weights.load(tuned)
     assert again.architecture == start.architecture and again.parameters == start.parameters

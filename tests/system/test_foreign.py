@@ -21,6 +21,7 @@ from srsys.cli.main import main
 from srsys.files import sha256
 from srsys.image import Picture, open_picture
 from srsys.models import external, weights
+from srsys.models.architectures import RRDBNet, SwinIR, initialise_from
 from srsys.registry.store import Store, register_shipped, resolve
 from srsys.restore.restorer import Restorer
 from srsys.train import configs
@@ -55,9 +56,9 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
     made = {
-        "swinir-m-x4": {"params": external.swinir(4).state_dict()},
+        "swinir-m-x4": {"params": SwinIR().build(4).state_dict()},
         "swinir-light-x2": {"params": configs.swinir_light(2).network.build(2).state_dict()},
-        "rrdbnet-x4": {"params_ema": as_real_esrgan(external.rrdbnet(4).state_dict())},
+        "rrdbnet-x4": {"params_ema": as_real_esrgan(RRDBNet().build(4).state_dict())},
     }
     for name, content in made.items():
         torch.save(content, folder / f"{name}.pth")
@@ -112,7 +113,7 @@ def test_the_authors_names_are_kept(converted):
 def test_a_checkpoint_of_another_size_is_told_in_a_few_lines(checkpoints):
     content = weights.read_weights(checkpoints["swinir-light-x2"], trust=True)[0]
     with pytest.raises(weights.WeightsError) as told:
-        external.initialise_from(external.swinir(2), content, "theirs.pth")
+        initialise_from(SwinIR().build(2), content, "theirs.pth")
     lines = str(told.value).splitlines()
     assert 3 < len(lines) <= 13 and "theirs.pth does not fit" in lines[0]
     assert any(

@@ -7,27 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 
 from srsys.degrade.recipes import PhotoRecipe
 from srsys.models import weights
-
-
-def test_networks():
-    from srsys.train.configs import Compact, RRDBNet, SwinIR
-
-    # train/02_configs.ipynb #lesson-networks
-    net = Compact(features=8, convs=2).build(scale=2)
-    print(sum(p.numel() for p in net.parameters()), "parameters in a small one")
-    picture = torch.zeros(1, 3, 16, 16)
-    for network in (
-        SwinIR(channels=12, depths=(2,), heads=2, patch=16),
-        RRDBNet(features=8, blocks=1),
-        Compact(8, 1, unshuffle=2),
-    ):
-        assert network.build(scale=2)(picture).shape == (1, 3, 32, 32)
-        print(network)
-    assert Compact() == Compact() and Compact() != Compact(convs=12)
+from srsys.models.architectures import Compact
 
 
 def test_a_run_is_one_value():
@@ -49,25 +32,24 @@ def test_a_run_is_one_value():
 
 
 def test_the_card():
-    from srsys.train.configs import Compact, TrainConfig, make_card, trained_by
+    from srsys.train.configs import TrainConfig, make_card, trained_by
 
     # train/02_configs.ipynb #lesson-card
     config = TrainConfig("demo", 2, Compact(4, 1))
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "demo.safetensors"
+        file, net = Path(folder) / "demo.safetensors", config.network.build(2)
         assert trained_by(file, config) is None, "there is no such file"
-        weights.save(
-            config.network.build(2), make_card(config, 100, "0" * 64, {"validation split": {"psnr_rgb": 30.0}}), file
-        )
+        weights.save(net, make_card(config, 100, "0" * 64, {"validation split": {"psnr_rgb": 30.0}}), file)
+        card = weights.load(file).card
+        assert card.architecture == "Compact(features=4, convs=1, unshuffle=1, width=192)"
         assert trained_by(file, config).card.steps == 100 and trained_by(file, replace(config, seed=1)) is None
         before = {k: v for k, v in config.settings().items() if k != "tinted"}
-        weights.save(config.network.build(2), replace(weights.load(file).card, notes=json.dumps(before)), file)
-        assert trained_by(file, config) and not trained_by(file, replace(config, tinted=0.1)), (
-            "a card from before there was such a setting"
-        )
-        weights.save(config.network.build(2), replace(weights.load(file).card, notes="somebody else's"), file)
+        weights.save(net, replace(card, notes=json.dumps(before)), file)  # a card that is older than this setting
+        assert trained_by(file, config) and not trained_by(file, replace(config, tinted=0.1))
+        weights.save(net, replace(card, notes="not a run"), file)
         assert trained_by(file, config) is None
-    print(make_card(replace(config, recipe=PhotoRecipe()), 100, "", {}).degradation[:60], "…")
+    degradation = make_card(replace(config, recipe=PhotoRecipe()), 100, "", {}).degradation
+    assert degradation.startswith("PhotoRecipe: PhotoRecipe(clean_share=0.1")
 
 
 def test_the_papers_runs():
@@ -77,7 +59,7 @@ def test_the_papers_runs():
     for run in (esrgan_psnr(), swinir_m(), swinir_light()):
         print(f"{run.name:16} {run.steps:>9,} steps of {run.batch} × {run.patch}²")
         assert run.steps >= 100_000 and learning_rate_at(run.steps, run) < run.lr / 8
-    assert esrgan().start == esrgan_psnr(), "a run that begins where another ends"
+    assert esrgan().start == esrgan_psnr(), "a run that begins with another's result"
     assert esrgan().objective.relativistic and esrgan().keep == "last"
 
 
@@ -87,25 +69,24 @@ def test_the_runs_behind_the_shipped_models():
     # train/02_configs.ipynb #lesson-shipped
     for name in ("fast-x2", "fast-x3", "fast-x4", "photo-x2", "photo-x4"):
         config = CONFIGS[name]()
-        net = config.network.build(config.scale)
-        macs = (
-            9
-            * sum(c.in_channels * c.out_channels for c in net.body if hasattr(c, "in_channels"))
-            / config.network.unshuffle**2
-        )
-        print(f"{name:9} {sum(p.numel() for p in net.parameters()):>8,} parameters {macs:>8,.0f} MACs per LR pixel")
-        assert macs <= {"photo-x4": 700e3, "fast-x4": 250e3, "fast-x3": 250e3}.get(name, 140e3)
+        model = weights.wrap_network(config.network.build(config.scale), name)
+        print(f"{name:9} {model.parameters:>8,} parameters {model.macs:>8,} MACs per LR pixel")
+        assert model.macs <= {"photo-x4": 700e3, "fast-x4": 250e3, "fast-x3": 250e3}.get(name, 140e3)
         assert config.name == name
 
 
-def test_what_a_day_on_a_gpu_would_buy():
-    from srsys.train.configs import Compact, fast_x4, photo_x4, swinir_light
+def test_what_a_day_on_a_gpu_would_give():
+    from srsys.train.configs import fast_x4, photo_x4, swinir_light
 
     # train/02_configs.ipynb #lesson-gpu
     def hours(config, patch, batch, steps):
-        "An estimate: forward and twice backward, two operations per multiply-add, at a tenth of an H200's bfloat16 peak (attention: a fiftieth), or 6 ms a step"
+        """Estimate a training time.
+
+        The backward pass costs two forward passes, and a multiply-add two operations. An H200 reaches a tenth of its
+        bfloat16 peak, with attention a fiftieth, and a step takes at least 6 ms.
+        """
         flops = 99e12 if isinstance(config.network, Compact) else 20e12
-        macs = weights.Model(config.network.build(config.scale).eval(), "", config.scale, 32, False, 8, "", "").macs
+        macs = weights.build_model(config.network.build(config.scale).state_dict()).macs
         return steps * max(6 * macs * patch**2 * batch / flops, 0.006) / 3600
 
     for config, patch, batch, steps in [
