@@ -220,7 +220,7 @@ def test_a_picture_that_ends_its_engine_is_set_aside(cluster, tmp_path, monkeypa
     progress = restore_archive(
         work, model, ClusterOptions(cluster.address, engines=1, device="cpu", precision="float32")
     )
-    assert (progress.done, progress.failed) == (7, 1) and "2 engines ended over it" in progress.failures[0][1]
+    assert (progress.done, progress.failed) == (7, 1) and "2 engines died while restoring it" in progress.failures[0][1]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [f"{i}.png" for i in range(8) if i != 5]
 
 
