@@ -1,9 +1,8 @@
-"""docker/k8s: what Kustomize makes of it is what Kubernetes and three operators accept, and fits the code that runs in it."""
+"""Protects docker/k8s: what Kustomize renders is accepted by Kubernetes and three operators, and fits the code."""
 
 import inspect
 import re
 import shlex
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -21,6 +20,7 @@ from srsys.cli.common import Settings
 from srsys.cli.develop import track_training
 from srsys.monitor.telemetry import Metrics
 from srsys.registry.store import Store, connect_client
+from srsys.serve.access import PUBLIC_ROUTES
 from srsys.train.configs import CONFIGS, Compact, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,23 +30,15 @@ DRAIN = 25  # seconds, at most, from SIGTERM to the server's end
 
 
 @pytest.fixture(scope="module")
-def rendered():
+def rendered(system_package):
     "The resources of each overlay."
-    if not shutil.which("kubectl"):
-        pytest.skip("needs kubectl, which brings Kustomize")
-    return {
-        name: list(
-            yaml.safe_load_all(
-                subprocess.run(
-                    ["kubectl", "kustomize", ROOT / "docker/k8s/overlays" / name],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                ).stdout
-            )
-        )
-        for name in OVERLAYS
-    }
+    kubectl = system_package("kubectl")
+
+    def render(overlay):
+        command = [kubectl, "kustomize", ROOT / "docker/k8s/overlays" / overlay]
+        return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+    return {overlay: render(overlay) for overlay in OVERLAYS}
 
 
 def named(resources, kind, name):
@@ -88,21 +80,23 @@ def test_the_overlays_are_the_four():
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_resource_is_one_that_the_cluster_accepts(rendered, overlay):
+def test_the_cluster_accepts_every_resource(rendered, overlay):
     known = kubernetes_validate.latest_version()
     for resource in rendered[overlay]:
         if resource["kind"] in CRDS:
             jsonschema.validate(resource["spec"], CRDS[resource["kind"]])
         else:
             kubernetes_validate.validate(resource, known, strict=True)
-    for name, template in pods(rendered[overlay]):
+    found = list(pods(rendered[overlay]))
+    assert len(found) >= 5
+    for name, template in found:
         kubernetes_validate.validate(
             {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}, known, strict=True
         )
         assert template["metadata"]["labels"], name
 
 
-def test_a_field_that_nobody_knows_is_refused(rendered):
+def test_an_unknown_field_is_refused(rendered):
     resources = rendered["ray"]
     job, deployment = named(resources, "RayJob", "archive"), named(resources, "Deployment", "srsys")
     with pytest.raises(jsonschema.ValidationError):
@@ -116,8 +110,8 @@ def test_a_field_that_nobody_knows_is_refused(rendered):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_pod_keeps_the_restricted_rules(rendered, overlay):
-    "No root, no rights, nothing written but in volumes, no address of the cluster's programs in the environment."
+def test_every_pod_meets_the_restricted_security_standard(rendered, overlay):
+    "No root, no privileges, writes only to volumes, no service addresses in the environment."
     found = list(pods(rendered[overlay]))
     assert {"Deployment srsys", "Deployment mlflow", "CronJob retrain", "CronJob evaluate", "CronJob monitor"} <= {
         name for name, _ in found
@@ -129,39 +123,32 @@ def test_every_pod_keeps_the_restricted_rules(rendered, overlay):
         assert spec["enableServiceLinks"] is False and spec["automountServiceAccountToken"] is False, name
         for container in spec["containers"]:
             own = container["securityContext"]
-            assert (
-                own["readOnlyRootFilesystem"]
-                and not own["allowPrivilegeEscalation"]
-                and own["capabilities"] == {"drop": ["ALL"]}
-            ), name
-            assert (
-                {"cpu", "memory"}
-                <= set(container["resources"]["requests"])
-                <= set(container["resources"]["limits"]) | {"ephemeral-storage"}
-            ), name
+            assert own["readOnlyRootFilesystem"] and not own["allowPrivilegeEscalation"], name
+            assert own["capabilities"] == {"drop": ["ALL"]}, name
+            requests, limits = (set(container["resources"][kind]) for kind in ("requests", "limits"))
+            assert {"cpu", "memory"} <= requests <= limits | {"ephemeral-storage"}, name
             assert {"/tmp", "/var/lib/srsys"} <= {mount["mountPath"] for mount in container["volumeMounts"]}, name
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_server_is_probed_and_ended_as_it_expects(rendered, overlay):
+def test_probes_ports_and_grace_period_fit_the_server(rendered, overlay):
     spec = named(rendered[overlay], "Deployment", "srsys")["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     defaults = {name: parameter.default for name, parameter in inspect.signature(main.serve).parameters.items()}
     assert ports == {"http": defaults["port"], "metrics": defaults["metrics_port"]}
-    assert container["args"][:2] == ["srsys", "serve"] and [
-        container["args"][i + 1] for i, arg in enumerate(container["args"]) if "port" in arg
-    ] == ["7860", "9464"]
-    routes = (ROOT / "srsys/serve.py").read_text()
+    args = container["args"]
+    assert args[:2] == ["srsys", "serve"]
+    assert [args[i + 1] for i, arg in enumerate(args) if "port" in arg] == ["7860", "9464"]
     for probe, path in {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}.items():
-        assert container[probe]["httpGet"] == {"path": path, "port": "http"} and f'"{path}"' in routes
+        assert container[probe]["httpGet"] == {"path": path, "port": "http"}
+        assert path in PUBLIC_ROUTES
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert spec["terminationGracePeriodSeconds"] >= pause + DRAIN + 10
     budget = named(rendered[overlay], "PodDisruptionBudget", "srsys")["spec"]
     least = named(rendered[overlay], "ScaledObject", "srsys")["spec"]["minReplicaCount"]
-    assert budget["selector"]["matchLabels"] == {"app": "srsys"} and budget["minAvailable"] < least, (
-        "a node can be drained"
-    )
+    assert budget["selector"]["matchLabels"] == {"app": "srsys"}
+    assert budget["minAvailable"] < least, "no node could be drained"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -174,34 +161,29 @@ def test_every_setting_exists(rendered, overlay):
             given = environment(container, maps)
             assert {key for key in given if key.startswith("SRSYS_")} <= settings, name
             if name == "Deployment mlflow":
-                assert (
-                    set(given) <= set(of_mlflow)
-                    and given["MLFLOW_BACKEND_STORE_URI"] == of_mlflow["MLFLOW_BACKEND_STORE_URI"]
-                )
+                assert set(given) <= set(of_mlflow)
+                assert given["MLFLOW_BACKEND_STORE_URI"] == of_mlflow["MLFLOW_BACKEND_STORE_URI"]
             else:
-                assert (
-                    given["MLFLOW_TRACKING_URI"] == "http://mlflow:5000" and given["SRSYS_HOME"] == "/var/lib/srsys"
-                ), name
-    assert "mlflow:5000" in maps[next(m for m in maps if m.startswith("mlflow"))]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(
-        ","
-    )
+                assert given["MLFLOW_TRACKING_URI"] == "http://mlflow:5000", name
+                assert given["SRSYS_HOME"] == "/var/lib/srsys", name
+    mlflow = maps[next(name for name in maps if name.startswith("mlflow"))]
+    assert "mlflow:5000" in mlflow["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
 
 
-def test_what_is_scaled_by_and_scraped_is_what_the_server_says(rendered):
+def test_the_autoscaler_and_the_scraper_use_metrics_that_exist(rendered):
     resources = rendered["cpu"]
-    said = generate_latest(Metrics().registry).decode()
+    metrics = generate_latest(Metrics().registry).decode()
     query = named(resources, "ScaledObject", "srsys")["spec"]["triggers"][0]["metadata"]["query"]
     used = re.findall(r"srsys_\w+", query)
-    assert used == ["srsys_queue_depth", "srsys_inflight_requests"] and all(
-        f"# TYPE {name} gauge" in said for name in used
-    )
+    assert used == ["srsys_queue_depth", "srsys_inflight_requests"]
+    for name in used:
+        assert f"# TYPE {name} gauge" in metrics
     service = named(resources, "Service", "srsys")
-    assert named(resources, "ServiceMonitor", "srsys")["spec"]["endpoints"][0]["port"] in {
-        port["name"] for port in service["spec"]["ports"]
-    }
+    monitor = named(resources, "ServiceMonitor", "srsys")
+    assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
 
 
-def test_only_what_must_talk_can(rendered):
+def test_network_policies_allow_only_the_connections_that_are_needed(rendered):
     policies = {r["metadata"]["name"]: r["spec"] for r in rendered["cpu"] if r["kind"] == "NetworkPolicy"}
     assert policies["nothing-else"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert [[port["port"] for port in rule["ports"]] for rule in policies["srsys"]["ingress"]] == [[7860], [9464]]
@@ -215,7 +197,7 @@ def test_only_what_must_talk_can(rendered):
 
 
 @pytest.mark.parametrize("overlay, resource", [("gpu", "nvidia.com/gpu"), ("gpu-amd", "amd.com/gpu")])
-def test_gpus_are_asked_for_where_they_are(rendered, overlay, resource):
+def test_gpu_pods_request_gpus_of_their_vendor(rendered, overlay, resource):
     vendor = resource.split(".")[0]
     for kind, name in [("Deployment", "srsys"), ("Job", "train")]:
         spec = named(rendered[overlay], kind, name)["spec"]["template"]["spec"]
@@ -226,78 +208,60 @@ def test_gpus_are_asked_for_where_they_are(rendered, overlay, resource):
 
 
 def test_the_schedule_runs_notebooks_of_the_timetable(rendered):
-    wanted = {
-        r["metadata"]["name"]: re.findall(
-            r"srsys run (\w+)", r["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"][-1]
-        )
-        for r in rendered["cpu"]
-        if r["kind"] == "CronJob"
-    }
-    assert wanted == {
+    jobs = {r["metadata"]["name"]: r["spec"] for r in rendered["cpu"] if r["kind"] == "CronJob"}
+    notebooks = {}
+    for name, job in jobs.items():
+        (container,) = job["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+        notebooks[name] = re.findall(r"srsys run (\w+)", container["args"][-1])
+    assert notebooks == {
         "retrain": ["etl", "train", "evaluate", "promote"],
         "evaluate": ["evaluate"],
         "monitor": ["monitor"],
     }
-    timetable = ROOT / "scheduled/timetable.toml"
-    if timetable.exists():
-        rows = tomllib.loads(timetable.read_text())
-        assert {name: rows[name]["notebooks"] for name in wanted} == wanted
-        crons = {name: row["cron"] for name, row in rows.items() if "cron" in row}
-        assert {
-            r["metadata"]["name"]: r["spec"]["schedule"]
-            for r in rendered["cpu"]
-            if r["kind"] == "CronJob" and r["metadata"]["name"] in crons
-        } == crons
+    rows = tomllib.loads((ROOT / "scheduled/timetable.toml").read_text())
+    assert {name: rows[name]["notebooks"] for name in notebooks} == notebooks
+    crons = {name: row["cron"] for name, row in rows.items() if "cron" in row}
+    assert crons and {name: jobs[name]["schedule"] for name in crons} == crons
 
 
-def test_jobs_say_what_the_command_line_understands(rendered):
+def test_the_command_line_understands_the_jobs(rendered):
     spec = named(rendered["gpu"], "Job", "train")["spec"]
     (container,) = spec["template"]["spec"]["containers"]
     args = dict(zip(container["args"][1:-1], container["args"][2:], strict=True))
-    assert container["args"][0] == "torchrun" and args["--nnodes"] == str(spec["completions"]) == str(
-        spec["parallelism"]
-    )
+    assert container["args"][0] == "torchrun"
+    assert args["--nnodes"] == str(spec["completions"]) == str(spec["parallelism"])
     assert args["--nproc-per-node"] == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert (
-        args["--master-addr"] == f"train-0.{spec['template']['spec']['subdomain']}"
-        and named(rendered["gpu"], "Service", "train")["spec"]["clusterIP"] == "None"
-    )
+    assert args["--master-addr"] == f"train-0.{spec['template']['spec']['subdomain']}"
+    assert named(rendered["gpu"], "Service", "train")["spec"]["clusterIP"] == "None"
     assert args["train"] in CONFIGS
     job = named(rendered["ray"], "RayJob", "archive")["spec"]
     verb, *words = shlex.split(job["entrypoint"])[1:]
     options = {opt for parameter in typer.main.get_command(main.main).commands[verb].params for opt in parameter.opts}
-    assert (
-        verb == "batch"
-        and [word for word in words if word.startswith("s3://")] == words[:2]
-        and {word for word in words if word.startswith("-")} <= options
+    assert verb == "batch" and [word for word in words if word.startswith("s3://")] == words[:2]
+    assert {word for word in words if word.startswith("-")} <= options
+    cluster = job["rayClusterSpec"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "the head lists and counts, it does no work"
+    locked = (ROOT / "requirements.lock").read_text()
+    assert re.search(rf"^ray(\[.*\])?=={re.escape(cluster['rayVersion'])} ", locked, re.M), (
+        "the images have another Ray"
     )
-    assert job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", (
-        "the head lists and counts, which needs no core of Ray's"
-    )
-    assert re.search(
-        rf"^ray(\[.*\])?=={re.escape(job['rayClusterSpec']['rayVersion'])} ",
-        (ROOT / "requirements.lock").read_text(),
-        re.M,
-    ), "the images' Ray"
 
 
-def test_the_service_on_ray_is_one_that_its_nodes_can_hold(rendered, home):
+def test_replicas_on_ray_fit_their_nodes(rendered, home):
     service = named(rendered["ray"], "RayService", "srsys")["spec"]
     config, (workers,) = yaml.safe_load(service["serveConfigV2"]), service["rayClusterConfig"]["workerGroupSpecs"]
     (app,) = config["applications"]
     assert app["import_path"] == "srsys.cli.main:on_ray"
     deployment, pod = main.on_ray(app["args"])._bound_deployment, workers["template"]["spec"]
     limits, needs = pod["containers"][0]["resources"]["limits"], deployment.ray_actor_options
-    assert (needs["num_cpus"], needs["num_gpus"]) == (int(limits["cpu"]), int(limits["nvidia.com/gpu"])) and app[
-        "args"
-    ]["most"] == workers["maxReplicas"]
-    assert pod["terminationGracePeriodSeconds"] >= DRAIN + 10 and config["http_options"]["port"] in [
-        port["containerPort"] for port in pod["containers"][0]["ports"]
-    ]
+    assert (needs["num_cpus"], needs["num_gpus"]) == (int(limits["cpu"]), int(limits["nvidia.com/gpu"]))
+    assert app["args"]["most"] == workers["maxReplicas"]
+    assert pod["terminationGracePeriodSeconds"] >= DRAIN + 10
+    assert config["http_options"]["port"] in [port["containerPort"] for port in pod["containers"][0]["ports"]]
 
 
-def test_of_several_ranks_one_talks_to_mlflow(home, monkeypatch):
-    "By the variable that torchrun, and so the Job, sets for each of its processes."
+def test_only_one_of_several_ranks_writes_to_mlflow(home, monkeypatch):
+    "Recognised by the variable RANK, which torchrun sets for each process of the Job."
     config, settings = (
         TrainConfig("ranks-x2", 2, Compact(8, 1, width=16)),
         SimpleNamespace(home=home, tracking_uri=None),

@@ -1,4 +1,4 @@
-"""docker/: what can be known of images and stack without building them. `docker/build.sh` builds them."""
+"""Protects docker/: what can be checked of images and stack without building them. `docker/build.sh` builds them."""
 
 import configparser
 import json
@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 COMPOSE = (DOCKER / "compose.yaml").read_text()
 DRAIN = 25  # seconds, at most, from SIGTERM to the server's end
+
+
+def published_on(port):
+    "The address of a published port, in either form that docker-compose prints."
+    return port.get("host_ip") if isinstance(port, dict) else str(port).split(":")[0]
 
 
 def seconds(text):
@@ -51,7 +56,7 @@ def test_the_dockerfile_is_linted():
 
 
 def test_no_image_keeps_root_or_what_installed_it():
-    "Each target's last user is a number other than 0, and of the stages that install only what they installed is taken."
+    "Each target's last user is not root, and only the results of the installing stages are copied."
     stages = re.split(r"^FROM ", (DOCKER / "Dockerfile").read_text(), flags=re.M)[1:]
     by_name = {re.match(r"\S+ AS (\S+)", text)[1]: text for text in stages}
     assert {"app", "worker", "lab", "mlflow", "airflow"} <= set(by_name)
@@ -68,19 +73,21 @@ def test_no_image_keeps_root_or_what_installed_it():
         }, name
 
 
-def test_what_is_copied_is_let_through(tmp_path):
+def test_the_dockerignore_admits_every_copied_file(tmp_path):
     "The allow-list of Dockerfile.dockerignore admits every source of a COPY."
     allowed = [
         line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")
     ]
-    for line in re.findall(r"^COPY (?!--from)(.+)$", (DOCKER / "Dockerfile").read_text(), re.M):
+    copies = re.findall(r"^COPY (?!--from)(.+)$", (DOCKER / "Dockerfile").read_text(), re.M)
+    assert copies
+    for line in copies:
         for source in [part for part in line.split()[:-1] if not part.startswith("--")]:
             assert any(Path(source).match(pattern) or source.split("/")[0] == pattern for pattern in allowed), source
 
 
 @pytest.mark.parametrize("torch", ["lock", "cpu"])
-def test_every_version_is_the_locks(tmp_path, torch):
-    "install.sh up to the installer, whose place a script takes: only PyTorch of another index goes without the lock's hashes."
+def test_images_install_the_locked_versions(tmp_path, torch):
+    "install.sh with a script in place of the installer: only PyTorch from another index is installed without hashes."
     for path in (ROOT / "requirements.lock", DOCKER / "install.sh"):
         shutil.copy(path, tmp_path)
     (tmp_path / "uv").write_text('#!/bin/sh\necho "$UV_TORCH_BACKEND" "$@"\n')
@@ -103,18 +110,19 @@ def test_every_version_is_the_locks(tmp_path, torch):
     gone = names["lock"] - names["used"]
     assert gone and all(re.match(r"triton|nvidia-|cuda-", name) for name in gone)
     bare = [line for line in used.splitlines() if re.match(r"[a-z]", line) and not line.endswith("\\")]
-    assert sorted(line.split("==")[0] for line in bare) == ["torch", "torchvision"] and set(bare) < {
-        line.split(" ")[0] for line in lock.splitlines()
-    }
+    assert sorted(line.split("==")[0] for line in bare) == ["torch", "torchvision"]
+    assert set(bare) < {line.split(" ")[0] for line in lock.splitlines()}
 
 
-def test_what_mlflows_image_needs_is_in_the_lock():
+def test_the_packages_of_the_mlflow_image_are_locked():
     lock = (ROOT / "requirements.lock").read_text()
-    for name in re.findall(r"^[a-z].*$", (DOCKER / "mlflow.txt").read_text(), re.M):
+    names = re.findall(r"^[a-z].*$", (DOCKER / "mlflow.txt").read_text(), re.M)
+    assert names
+    for name in names:
         assert re.search(rf"^{name}==", lock, re.M), name
 
 
-def test_every_knob_is_explained_and_turns_something():
+def test_every_variable_is_explained_and_used():
     explained = set(re.findall(r"^#?([A-Z][A-Z_]+)=", (DOCKER / ".env.example").read_text(), re.M))
     read = set(re.findall(r"\$\{([A-Z_]+)", COMPOSE)) | {"COMPOSE_PROFILES", "OMP_NUM_THREADS"}
     settings = {f"SRSYS_{name}".upper() for name in Settings.model_fields} - {
@@ -130,19 +138,15 @@ def test_every_knob_is_explained_and_turns_something():
 
 
 @pytest.mark.parametrize("profiles", ["cpu,schedule", "gpu,schedule", "cpu,airflow"])
-def test_the_stack_is_one_that_compose_can_read(stack, profiles):
+def test_compose_accepts_the_stack(stack, profiles):
     services = stack(profiles)["services"]
     for name, service in services.items():
         assert ":" in service["image"] and not service.get("privileged"), name
-        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ())), (
-            f"{name} is open to other machines"
-        )
+        for port in service.get("ports", ()):
+            assert published_on(port) == "127.0.0.1", f"{name} is open to other machines"
     for name in {"app", "app-gpu"} & set(services):
-        assert (
-            services[name]["read_only"]
-            and services[name]["cap_drop"] == ["ALL"]
-            and services[name]["user"] == "10001:10001"
-        )
+        assert services[name]["read_only"] and services[name]["cap_drop"] == ["ALL"]
+        assert services[name]["user"] == "10001:10001"
         assert seconds(services[name]["stop_grace_period"]) > DRAIN
     if "app-gpu" in services:
         assert services["app-gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
@@ -162,7 +166,7 @@ def test_addresses_of_the_stack_are_those_of_its_services(stack):
             assert name in services
 
 
-def test_secrets_are_made_once_and_no_word_of_them_is_in_the_stack(stack, tmp_path):
+def test_secrets_are_made_once_and_do_not_appear_in_the_stack(stack, tmp_path):
     folder = tmp_path / "docker/secrets"
     text = yaml.safe_dump(stack())
     made = {path.name: path.read_text() for path in folder.iterdir()}
