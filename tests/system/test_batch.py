@@ -283,15 +283,19 @@ def test_the_service_survives_a_killed_replica(service):
         if event == "http11.send_request_body.complete":
             sent.append(time.monotonic())
 
-    with httpx.Client(base_url=address, timeout=300) as client, ThreadPoolExecutor(people) as pool:
+    limits = httpx.Limits(keepalive_expiry=1)  # before the proxy closes a connection that is idle
+    with httpx.Client(base_url=address, timeout=300, limits=limits) as client, ThreadPoolExecutor(people) as pool:
 
         def ask(_=None):
-            answer = client.post(
-                "/v1/restore",
-                files={"file": ("cat.png", content)},
-                data={"model": "fast", "scale": "2"},
-                extensions={"trace": trace},
-            )
+            try:
+                answer = client.post(
+                    "/v1/restore",
+                    files={"file": ("cat.png", content)},
+                    data={"model": "fast", "scale": "2"},
+                    extensions={"trace": trace},
+                )
+            except httpx.RemoteProtocolError:
+                return "disconnected"
             assert answer.status_code != 200 or np.array_equal(open_picture(answer.content).pixels, expected)
             return answer.status_code
 
@@ -314,8 +318,9 @@ def test_the_service_survives_a_killed_replica(service):
         replicas()[0].kill()
         meanwhile = Counter(job.result() for job in under_way)
         print(f"{before.total()} by one replica and then two; of 48 while one was killed {dict(meanwhile)}")
-        # Ray's proxy answers 500 or 503 for requests that a dead replica had; at most `people` are under way at once
-        assert set(meanwhile) <= {200, 500, 503} and 48 - meanwhile[200] <= people
+        # requests that the dead replica had end with 500 or 503 from Ray's proxy, or without an answer; at most `people`
+        # are under way at once
+        assert set(meanwhile) <= {200, 500, 503, "disconnected"} and 48 - meanwhile[200] <= people
         assert Counter(pool.map(ask, range(24))) == {200: 24}
 
         sent.clear()
