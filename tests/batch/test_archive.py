@@ -25,7 +25,7 @@ SETTINGS = OutputSettings(scale=None, format="png", quality=95, precision="float
 
 @contextmanager
 def archive(*names):
-    "A folder with a small picture under each of these names, and an empty place beside it."
+    "The storage of a small picture under each of these names, and an empty storage beside it."
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             path = Path(folder, "in", name)
@@ -44,33 +44,36 @@ def engine():
     )
 
 
-def row(target, status="done", **more):
+def row(target, status="done", **columns):
     "A row of a manifest."
-    return {"source": target.replace("png", "jpg"), "target": target, "status": status, "mark": 7, **more}
+    return {"source": target.replace("png", "jpg"), "target": target, "status": status, "mark": 7, **columns}
 
 
-def refusal(do, *args, **options):
+def refusal(call, *args, **options):
+    "The message of the `BatchError` that `call` raises."
     try:
-        do(*args, **options)
+        call(*args, **options)
     except BatchError as error:
-        return str(error).replace(tempfile.gettempdir(), "…")
-    raise AssertionError("that should have been refused")
+        return str(error)
+    raise AssertionError("no BatchError was raised")
 
 
-def test_a_place():
+def test_storage():
     from srsys.batch.archive import retry
 
     # batch/02_archive.ipynb #place-lesson
-    tries = []
+    calls = []
 
-    def weak_line():
-        tries.append(time.monotonic())
-        if len(tries) < 4:
+    def unreliable():
+        "Fail three times."
+        calls.append(time.monotonic())
+        if len(calls) < 4:
             raise ConnectionError("reset by peer")
         return "a picture"
 
-    assert retry(weak_line, pause=0.05) == "a picture" and len(tries) == 4
-    print([f"{b - a:.2f} s" for a, b in zip(tries, tries[1:], strict=False)])
+    assert retry(unreliable, first_wait=0.05) == "a picture" and len(calls) == 4
+    waits = [later - earlier for earlier, later in zip(calls, calls[1:], strict=False)]
+    assert all(wait >= least for wait, least in zip(waits, (0.05, 0.1, 0.2), strict=True))
 
     with archive("a.png") as (source, out):
         out.put("deep/er/note.txt", b"hello")
@@ -86,16 +89,19 @@ def test_a_place():
         assert sent.call_count == 2
 
     # batch/02_archive.ipynb #place-failure
-    with mock.patch("time.sleep") as waited:
-        try:
-            retry(open, "nowhere.png")
-        except FileNotFoundError as error:
-            print(error)
-        assert not waited.called
-    print(refusal(lambda: Storage("gopher://archive").fs)[:60])
+    missing = mock.Mock(side_effect=FileNotFoundError("nowhere.png"))
+    broken = mock.Mock(side_effect=ConnectionError("reset by peer"))
+    for call, error, count in ((missing, FileNotFoundError, 1), (broken, ConnectionError, 5)):
+        with mock.patch("time.sleep"):
+            try:
+                retry(call)
+                raise AssertionError("no error was raised")
+            except error:
+                assert call.call_count == count
+    assert "gopher://archive: Protocol not known" in refusal(lambda: Storage("gopher://archive").fs)
 
 
-def test_told_as_they_come():
+def test_listing():
     from srsys.batch.archive import list_pictures
 
     # batch/02_archive.ipynb #listing-lesson
@@ -108,100 +114,107 @@ def test_told_as_they_come():
         assert globbed.address == f"{source.root}/b" and [found.name for found in list_pictures(globbed)] == ["2.png"]
         assert [found.name for found in list_pictures(parse_source(f"{source.root}/a.tif"))] == ["a.tif"]
 
-        # results inside the source are no new sources
+        # results inside the source are not listed
         inside = Storage(f"{source.root}/out")
         inside.put("a.png", b"")
         assert [found.name for found in list_pictures(source, inside)] == names
 
     # batch/02_archive.ipynb #listing-lazy-lesson
-    asked = []
+    requested = []
 
     def answer(method, Bucket, Prefix, ContinuationToken="0"):
-        asked.append(ContinuationToken)
+        requested.append(ContinuationToken)
         start = int(ContinuationToken)
         page = [{"Key": f"{Prefix}{i:06d}.png", "Size": 9, "ETag": "e"} for i in range(start, start + 1000)]
         return {"Contents": page, "IsTruncated": start < 99_000, "NextContinuationToken": str(start + 1000)}
 
     bucket = Storage("s3://archive/in")
     with mock.patch.object(type(bucket.fs), "call_s3", side_effect=answer):
-        told = list_pictures(bucket, Storage("s3://archive/out"))
-        first = next(told)
-        print(first, len(asked), "page")
-        assert first.name == "000000.png" and len(asked) == 1
-        assert sum(1 for _ in told) == 99_999 and len(asked) == 100
+        pictures = list_pictures(bucket, Storage("s3://archive/out"))
+        first = next(pictures)
+        print(first, len(requested), "page")
+        assert first.name == "000000.png" and len(requested) == 1
+        assert sum(1 for _ in pictures) == 99_999 and len(requested) == 100
 
-    with mock.patch.object(
-        type(bucket.fs), "call_s3", side_effect=FileNotFoundError("The specified bucket does not exist")
-    ):
-        print(refusal(list, list_pictures(bucket)))
+    no_bucket = FileNotFoundError("The specified bucket does not exist")
+    with mock.patch.object(type(bucket.fs), "call_s3", side_effect=no_bucket):
+        message = refusal(list, list_pictures(bucket))
+        assert message == "s3://archive/in: cannot be listed: The specified bucket does not exist"
 
 
-def test_two_that_would_become_one():
+def test_name_clashes():
     from srsys.batch.archive import list_pictures, name_results
 
     # batch/02_archive.ipynb #claims-lesson
     with archive("x.bmp.jpg", "x.jpg", "x.png", "x/x.png", "xy.jpg") as (source, out):
-        made = list(name_results(list_pictures(source), SETTINGS))
-        for claim in made:
-            print(f"{claim.found.name:10} → {claim.trouble or claim.target}")
-        assert [claim.target for claim in made if not claim.trouble] == ["x.bmp.png", "x.png", "xy.png", "x/x.png"]
-        again_made = list(name_results(list_pictures(source), replace(SETTINGS, scale=3)))
-        assert all(a.mark != b.mark for a, b in zip(made, again_made, strict=True))  # other settings: another result
+        named = list(name_results(list_pictures(source), SETTINGS))
+        for picture in named:
+            print(f"{picture.found.name:10} → {picture.trouble or picture.target}")
+        assert [picture.target for picture in named if not picture.trouble] == [
+            "x.bmp.png",
+            "x.png",
+            "xy.png",
+            "x/x.png",
+        ]
+        assert [picture.found.name for picture in named if picture.trouble] == ["x.png"]
+        other_settings = list(name_results(list_pictures(source), replace(SETTINGS, scale=3)))
+        assert all(a.mark != b.mark for a, b in zip(named, other_settings, strict=True))
 
 
-def test_what_became_of_each():
-    from srsys.batch.archive import _parts, compact_manifest, read_batch_manifest, write_part
+def test_the_manifest():
+    from srsys.batch.archive import _list_parts, compact_manifest, read_batch_manifest, write_part
 
     # batch/02_archive.ipynb #manifest-lesson
     with archive() as (_, out):
-        for at, names in enumerate((["a.png"], ["b.png", "c.png"])):
-            write_part(out, f"run1+{at}", [row(name, consistency_db=31.5) for name in names], {"model": "fast-x2"})
+        for number, names in enumerate((["a.png"], ["b.png", "c.png"])):
+            write_part(out, f"run1+{number}", [row(name, consistency_db=31.5) for name in names], {"model": "fast-x2"})
         write_part(out, "run2+0", [row("d.png", "failed", message="the file is empty")], {"model": "fast-x2"})
         compact_manifest(out)
         compact_manifest(out)
-        print(_parts(out))
-        assert _parts(out) == ["run1.parquet", "run2.parquet"]
+        print(_list_parts(out))
+        assert _list_parts(out) == ["run1.parquet", "run2.parquet"]
         table = pa.concat_tables(part for _, part in read_batch_manifest(out)).to_pandas()
         print(table[["source", "target", "status", "message", "consistency_db"]].to_string())
         assert list(table.target) == ["a.png", "b.png", "c.png", "d.png"]
 
 
-def test_what_is_done():
+def test_which_results_are_done():
     from srsys.batch.archive import list_pictures, load_done_index, name_results, write_part
 
     # batch/02_archive.ipynb #memory-lesson
     with archive("a.jpg", "b.jpg", "c.jpg") as (source, out):
         a, b, c = name_results(list_pictures(source), SETTINGS)
-        for claim in (a, b):
-            out.put(claim.target, b"a picture")
+        for picture in (a, b):
+            out.put(picture.target, b"a picture")
         write_part(out, "run1+0", [row("a.png", mark=a.mark), row("b.png", mark=b.mark), row("c.png", mark=c.mark)], {})
         write_part(out, "run2+0", [row("b.png", "failed", mark=b.mark)], {})
-        memory = load_done_index(out)
-        # of b the last word is that it failed, and the result of c is gone
-        assert [memory.knows(claim) for claim in (a, b, c)] == [True, False, False]
-        assert load_done_index(out, "run2").knows(b)  # within the run that said so, that is settled
+        index = load_done_index(out)
+        # the last row of b says that it failed, and the result of c does not exist
+        assert [index.knows(picture) for picture in (a, b, c)] == [True, False, False]
+        assert load_done_index(out, "run2").knows(b)  # a failure of the same run is not tried again
         save_picture(Picture(data.astronaut()[:40, :40]), Path(source.root, "a.jpg"))  # another picture of this name
-        assert not memory.knows(next(name_results(list_pictures(source), SETTINGS)))
+        assert not index.knows(next(name_results(list_pictures(source), SETTINGS)))
 
 
-def test_a_few_at_a_time():
+def test_chunks():
     from srsys.batch.archive import BatchJob, load_done_index, plan_chunks
 
     # batch/02_archive.ipynb #chunks-lesson
     with archive(*(f"{i:02d}.png" for i in range(40))) as (source, out):
-        nothing = load_done_index(out)
-        sizes = [
-            (len(chunk.claims), chunk.listed) for chunk in plan_chunks(BatchJob(source, out, SETTINGS, "run1"), nothing)
-        ]
+        job, nothing_done = BatchJob(source, out, SETTINGS, "run1"), load_done_index(out)
+        sizes = [(len(chunk.pictures), chunk.listed) for chunk in plan_chunks(job, nothing_done)]
         print(sizes)
         assert sizes == [(1, None), (2, None), (4, None), (8, None), (16, None), (9, 40)]
-        (gone,) = plan_chunks(
-            BatchJob(Storage("gopher://x"), out, SETTINGS, "run1"), nothing
-        )  # what cannot be listed says so in its last chunk
-        assert "gopher" in gone.trouble and gone.listed == 0
+        # in a second attempt each picture goes alone
+        again = list(plan_chunks(job, nothing_done, attempt=1))
+        assert [len(chunk.pictures) for chunk in again] == [1] * 40 + [0]
+        assert again[3].part("run1") == "run1+001000000003"
+        # a source that cannot be listed says so in its last chunk
+        (last,) = plan_chunks(replace(job, source=Storage("gopher://x")), nothing_done)
+        assert "gopher" in last.trouble and last.listed == 0
 
 
-def test_one_chunk():
+def test_restoring_a_chunk():
     from srsys.batch.archive import (
         BatchJob,
         Chunk,
@@ -216,24 +229,21 @@ def test_one_chunk():
     # batch/02_archive.ipynb #restore-chunk-lesson
     with archive("a.jpg", "a.png", "b.jpg", "broken.jpg") as (source, out):
         Path(source.root, "broken.jpg").write_bytes(b"Dear Sir or Madam,")
-        work = BatchJob(source, out, SETTINGS, "run1")
-        for chunk in plan_chunks(work, load_done_index(out)):
-            for made in restore_chunk(work, engine(), chunk):
+        job = BatchJob(source, out, SETTINGS, "run1")
+        for chunk in plan_chunks(job, load_done_index(out)):
+            for made in restore_chunk(job, engine(), chunk):
                 print(f"{made['status']:6} {made['target']:10} {made['consistency_db'] or ''} {made['message'][-66:]}")
         assert open_picture(Path(out.root, "b.png")).width == 96
         table = pa.concat_tables(part for _, part in read_batch_manifest(out)).to_pandas().set_index("source")
         assert list(table.status) == ["done", "failed", "done", "failed"]
         assert table.input_sha256.iloc[0] == hashlib.sha256(Path(source.root, "a.jpg").read_bytes()).hexdigest()
-        left = [claim.found.name for chunk in plan_chunks(work, load_done_index(out)) for claim in chunk.claims]
+        left = [picture.found.name for chunk in plan_chunks(job, load_done_index(out)) for picture in chunk.pictures]
         assert left == ["a.png", "broken.jpg"]  # what failed is tried again, the rest is done
 
-        # the same into a store: memory:// stands for one
+        # the same with results in a store: memory:// stands for one
         store = Storage("memory://restored")
-        (stored,) = restore_chunk(
-            BatchJob(source, store, SETTINGS, "run1"),
-            engine(),
-            Chunk(0, (next(name_results(list_pictures(source), SETTINGS)),)),
-        )
+        first = next(name_results(list_pictures(source), SETTINGS))
+        (stored,) = restore_chunk(BatchJob(source, store, SETTINGS, "run1"), engine(), Chunk(0, (first,)))
         assert hashlib.sha256(store.fs.cat_file("/restored/a.png")).hexdigest() == stored["output_sha256"]
-        assert load_done_index(store).knows(next(name_results(list_pictures(source), SETTINGS)))
+        assert load_done_index(store).knows(first)
         assert [found.name for found in list_pictures(store)] == ["a.png"]

@@ -2,6 +2,7 @@
 import pickle
 
 # batch/03_cluster.ipynb #lesson-imports
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pyarrow as pa
 from skimage import data
 from torch import nn
@@ -30,7 +32,7 @@ from srsys.models.weights import Model
 # batch/03_cluster.ipynb #lesson-helpers
 @contextmanager
 def archive(count):
-    "A job over a folder of small pictures, one of them broken, and the model for it, which repeats every pixel."
+    "A job over a folder of small pictures, one of them broken, and a model for it, which repeats every pixel."
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "in/1999").mkdir(parents=True)
         for i in range(count):
@@ -46,125 +48,136 @@ def archive(count):
             architecture="nearest",
             sha256="1" * 64,
         )
-        yield (
-            BatchJob(
-                parse_source(f"{folder}/in"),
-                Storage(f"{folder}/out"),
-                OutputSettings(None, "png", 95, "float32", model.sha256),
-                size=4,
-            ),
-            model,
+        job = BatchJob(
+            parse_source(f"{folder}/in"),
+            Storage(f"{folder}/out"),
+            OutputSettings(None, "png", 95, "float32", model.sha256),
+            chunk_pictures=4,
         )
+        yield job, model
 
 
-def refusal(do, *args, **options):
+def refusal(call, *args, **options):
+    "The message of the `BatchError` that `call` raises."
     try:
-        do(*args, **options)
+        call(*args, **options)
     except BatchError as error:
-        return str(error).replace(tempfile.gettempdir(), "…")
-    raise AssertionError("that should have been refused")
+        return str(error)
+    raise AssertionError("no BatchError was raised")
 
 
 def test_an_engine():
     from srsys.batch.cluster import ChunkResult, ClusterOptions, ClusterWorker
 
     # batch/03_cluster.ipynb #engine-lesson
-    with archive(3) as (work, model):
-        engine, (first, *_) = (
-            ClusterWorker(work, model, ClusterOptions(device="cpu", precision="float32")),
-            plan_chunks(work, load_done_index(work.out)),
-        )
-        reply = engine(pa.table({"chunk": [pickle.dumps(first)]}))
-        answer = ChunkResult(*pickle.loads(reply["answer"][0].as_py()))
+    def answer_of(worker, chunk):
+        "What a worker answers to a chunk."
+        reply = worker(pa.table({"chunk": [pickle.dumps(chunk)]}))
+        return ChunkResult(*pickle.loads(reply["answer"][0].as_py()))
+
+    with archive(3) as (job, model):
+        options = ClusterOptions(device="cpu", precision="float32")
+        first, *_ = plan_chunks(job, load_done_index(job.out))
+        answer = answer_of(ClusterWorker(job, model, options), first)
         print(answer.rows[0]["status"], answer.rows[0]["target"], f"{answer.rows[0]['consistency_db']} dB")
-        assert not answer.trouble and open_picture(Path(work.out.root, "1999/000.png")).width == 64
+        assert not answer.trouble and open_picture(Path(job.out.root, "1999/000.png")).width == 64
 
-        # the results cannot be written: no picture's fault
-        full = ClusterWorker(
-            replace(work, out=Storage(f"{work.source.root}/1999/letter.jpg")),
-            model,
-            ClusterOptions(device="cpu", precision="float32"),
-        )
-        answer = ChunkResult(*pickle.loads(full(pa.table({"chunk": [pickle.dumps(first)]}))["answer"][0].as_py()))
-        print(answer.trouble.replace(tempfile.gettempdir(), "…"))
+        # results that cannot be written are not the picture's fault
+        a_file = Storage(f"{job.source.root}/1999/letter.jpg")
+        answer = answer_of(ClusterWorker(replace(job, out=a_file), model, options), first)
         assert "Not a directory" in answer.trouble and not answer.rows
-        answer = ChunkResult(
-            *pickle.loads(
-                ClusterWorker(work, model, ClusterOptions(device="abacus"))(pa.table({"chunk": [pickle.dumps(first)]}))[
-                    "answer"
-                ][0].as_py()
-            )
-        )
-        assert "abacus" in answer.trouble
+        answer = answer_of(ClusterWorker(job, model, ClusterOptions(device="abacus")), first)
+        assert "abacus" in answer.trouble and not answer.rows
 
 
-def test_machines():
-    from srsys.batch.cluster import _ray
+def test_the_ray_cluster():
+    from srsys.batch.cluster import ClusterOptions, _import_ray, _init_ray, _start_ray
 
     # batch/03_cluster.ipynb #cluster-lesson
     with mock.patch.dict(sys.modules, {"ray": None, "ray.data": None}):
-        print(refusal(_ray)[:90])
+        assert "this works with Ray, which is not installed here: pip install 'srsys[cluster]'" in refusal(_import_ray)
+
+    with tempfile.TemporaryDirectory() as folder:
+        # a start that times out is tried again after its processes have been killed
+        left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", f"--temp-dir={folder}"])
+        ray = mock.Mock()
+        ray.init.side_effect = [Exception("The current node timed out during startup."), None]
+        _start_ray(ray, ClusterOptions(engines=1), folder)
+        assert (ray.init.call_count, ray.shutdown.call_count) == (2, 1)
+        assert not psutil.pid_exists(left.pid)
+
+        # other errors, and one that comes each time, are reported
+        for error, calls in ((ValueError("no such option\nand more"), 1), (Exception("timed out during startup"), 3)):
+            ray = mock.Mock()
+            ray.init.side_effect = error
+            message = refusal(_init_ray, ray, ClusterOptions(engines=1), folder)
+            assert message == f"Ray at this machine does not answer: {str(error).splitlines()[0]}"
+            assert ray.init.call_count == calls
 
 
-def test_how_it_goes_on():
+def test_progress():
     from srsys.batch.cluster import BatchProgress
 
     # batch/03_cluster.ipynb #progress-lesson
     progress = BatchProgress(total=40, seconds=2.0, kept=10)
     rows = [{"status": "done", "target": f"{i}.png", "consistency_db": 30.0 + i} for i in range(30)]
+    failure = {
+        "status": "failed",
+        "source": "in/a.jpg",
+        "message": "in/a.jpg: the file is empty",
+        "consistency_db": None,
+        "target": "a.png",
+    }
     progress.add(rows[:19])
-    progress.add(
-        [
-            {
-                "status": "failed",
-                "source": "in/a.jpg",
-                "message": "in/a.jpg: the file is empty",
-                "consistency_db": None,
-                "target": "a.png",
-            }
-        ]
-    )
+    progress.add([failure])
     print(f"{progress.rate} pictures/s, {progress.left} s left, {progress.failures}")
     assert (progress.done, progress.failed, progress.rate, progress.left) == (19, 1, 10.0, 1.0)
+    assert progress.failures == [("in/a.jpg", "in/a.jpg: the file is empty")]
     progress.add(rows[19:])
-    assert len(progress.least) == 24 and max(row["consistency_db"] for _, _, row in progress.least) == 53.0
+    assert sorted(row["consistency_db"] for _, _, row in progress.least_consistent) == [30.0 + i for i in range(24)]
     assert BatchProgress().left is None
 
 
 def test_the_job():
-    from srsys.batch.cluster import ChunkResult, ClusterOptions, connect_ray, restore_archive
+    from srsys.batch.cluster import ChunkResult, ClusterOptions, RayCluster, connect_ray, restore_archive
 
     # batch/03_cluster.ipynb #run-lesson
-    with archive(10) as (work, model):
-        crew, heard = ClusterOptions(engines=1, device="cpu", precision="float32"), []
-        with connect_ray(crew):
-            progress = restore_archive(work, model, crew, lambda progress, rows: heard.append(len(rows)))
-            print(heard, progress.done, "done", progress.failures[0][1].partition("in/")[2][:60])
-            assert (progress.done, progress.failed, progress.kept, progress.total) == (10, 1, 0, 11) and heard[0] == 1
+    with archive(10) as (job, model):
+        options, chunk_sizes = ClusterOptions(engines=1, device="cpu", precision="float32"), []
+        with connect_ray(options):
+            progress = restore_archive(job, model, options, lambda progress, rows: chunk_sizes.append(len(rows)))
+            print(chunk_sizes, progress.done, "done", progress.failures[0][1].partition("in/")[2][:60])
+            assert (progress.done, progress.failed, progress.kept, progress.total) == (10, 1, 0, 11)
+            assert chunk_sizes[0] == 1
 
-            again = restore_archive(replace(work, run="9999"), model, crew)
+            again = restore_archive(replace(job, run="9999"), model, options)
             assert (again.done, again.kept, again.failed) == (0, 10, 1)
-        names = [name for name, _ in read_batch_manifest(work.out)]
-        table = pa.concat_tables(part for _, part in read_batch_manifest(work.out)).to_pandas()
-        print(names[1], dict(table.status.value_counts()))
-        assert len(names) == 2 and sorted(table[table.status == "done"].target) == [
-            f"1999/{i:03d}.png" for i in range(10)
-        ]
+        names = [name for name, _ in read_batch_manifest(job.out)]
+        table = pa.concat_tables(part for _, part in read_batch_manifest(job.out)).to_pandas()
+        print(names[1], table.status.value_counts().to_dict())
+        assert len(names) == 2
+        assert sorted(table[table.status == "done"].target) == [f"1999/{i:03d}.png" for i in range(10)]
 
     # batch/03_cluster.ipynb #run-failure
-    with archive(1) as (work, model):
-        print(refusal(restore_archive, replace(work, out=Storage(Path(work.source.root).parent)), model))
-        gone = mock.patch(
-            f"{restore_archive.__module__}._stream",
-            side_effect=lambda *a: iter([ChunkResult(Chunk(0, (), 0, 0, "s3://archive: no such bucket"), [])]),
+    def played(chunk):
+        "In place of the cluster: one answer, the last chunk of a listing."
+        module = restore_archive.__module__
+        return (
+            mock.patch(f"{module}.connect_ray", side_effect=lambda options: nullcontext(RayCluster(None, 1, False))),
+            mock.patch(f"{module}._stream_chunks", side_effect=lambda *args, **options: iter([ChunkResult(chunk, [])])),
         )
-        none = mock.patch(
-            f"{restore_archive.__module__}._stream", side_effect=lambda *a: iter([ChunkResult(Chunk(0, (), 0, 0), [])])
+
+    with archive(1) as (job, model):
+        parent = Storage(Path(job.source.root).parent)
+        assert "where results could replace pictures" in refusal(restore_archive, replace(job, out=parent), model)
+
+        connection, stream = played(Chunk(0, (), listed=0, trouble="s3://archive: no such bucket"))
+        with connection, stream:
+            message = refusal(restore_archive, job, model)
+        assert (
+            message == "s3://archive: no such bucket; finished pictures stay, and the same command continues from there"
         )
-        ray = mock.patch(
-            f"{restore_archive.__module__}.connect_ray", side_effect=lambda crew: nullcontext((None, 1, False))
-        )
-        with ray, gone:
-            print(refusal(restore_archive, work, model))
-        with ray, none:
-            print(refusal(restore_archive, work, model))
+
+        connection, stream = played(Chunk(0, (), listed=0))
+        with connection, stream:
+            assert refusal(restore_archive, job, model) == f"{job.source.address}: there are no pictures here"

@@ -30,7 +30,7 @@ def engine(digest="1" * 64):
 
 @contextmanager
 def album():
-    "A folder of photographs as people have them, and an empty one beside it."
+    "A folder of two photographs and some files that are none, and the path of an output folder beside it."
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
         (photos / "1999 Rome").mkdir(parents=True)
@@ -47,16 +47,16 @@ def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
 
 
-def refusal(do, *args, **options):
-    "The message of the BatchError that `do` raises, without the temporary folder."
+def refusal(call, *args, **options):
+    "The message of the `BatchError` that `call` raises."
     try:
-        do(*args, **options)
+        call(*args, **options)
     except BatchError as error:
-        return str(error).replace(tempfile.gettempdir(), "…")
-    raise AssertionError("that should have been refused")
+        return str(error)
+    raise AssertionError("no BatchError was raised")
 
 
-def test_what_becomes_what():
+def test_which_result_each_picture_gets():
     from srsys.batch.folder import plan_jobs
 
     # batch/01_folder.ipynb #plan-lesson
@@ -64,52 +64,56 @@ def test_what_becomes_what():
         jobs = plan_jobs([photos, photos / "notes.txt"], out)
         for job in jobs:
             print(job.source.relative_to(photos), "→", job.target.relative_to(out))
-        assert len(jobs) == 4  # the text file was named, so it is tried; the hidden one is left alone
+        assert len(jobs) == 4  # the text file was named, so it is tried; the hidden file is not
         assert plan_jobs([photos, photos], out) == plan_jobs([photos], out)
         inside = photos / "out"
         inside.mkdir()
         save_picture(Picture(data.astronaut()[:9, :9]), inside / "result.png")
-        assert len(plan_jobs([photos], inside)) == 3  # results inside the folder are no new inputs
+        assert len(plan_jobs([photos], inside)) == 3  # an output folder inside the input folder is not read
 
     # batch/01_folder.ipynb #plan-failure
     with album() as (photos, out):
         Image.fromarray(data.astronaut()[:9, :9]).save(photos / "portrait.bmp")
-        print(refusal(plan_jobs, [photos], out))
+        clash = refusal(plan_jobs, [photos], out)
+        print(clash.replace(str(photos.parent), "…"))
+        assert f"portrait.jpg would both become {out}/portrait.png" in clash
         (photos / "portrait.jpg").unlink()
-        print(refusal(plan_jobs, [photos], photos))
+        assert "letter.png is an input and would be replaced" in refusal(plan_jobs, [photos], photos)
         out.mkdir()
-        print(refusal(plan_jobs, [out], photos / "new"))
+        assert refusal(plan_jobs, [out], photos / "new") == f"{out}: there are no pictures in this folder"
 
 
-def test_what_is_remembered():
-    from srsys.batch.folder import FileResult, _remember, _remembered
+def test_the_manifest():
+    from srsys.batch.folder import FileResult, _append_to_manifest, _read_manifest
 
     # batch/01_folder.ipynb #manifest-lesson
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "manifest.jsonl")
-        assert _remembered(path) == {}
+        assert _read_manifest(path) == {}
         with open(path, "a") as manifest:
-            _remember(manifest, FileResult("a.jpg", "a.png", "failed", "a.jpg: the file is empty"), {"scale": 4})
-            _remember(manifest, FileResult("a.jpg", "a.png", "done", seconds=0.4), {"scale": 4})
+            _append_to_manifest(
+                manifest, FileResult("a.jpg", "a.png", "failed", "a.jpg: the file is empty"), {"scale": 4}
+            )
+            _append_to_manifest(manifest, FileResult("a.jpg", "a.png", "done", seconds=0.4), {"scale": 4})
             manifest.write('{"target": "b.png", "stat')
         print(path.read_text())
-        assert _remembered(path)["a.png"]["status"] == "done" and list(_remembered(path)) == ["a.png"]
+        assert list(_read_manifest(path)) == ["a.png"] and _read_manifest(path)["a.png"]["status"] == "done"
 
 
-def test_one_at_a_time():
+def test_one_process_at_a_time():
     from srsys.batch.folder import lock_output
 
     # batch/01_folder.ipynb #claim-lesson
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, ".srsys-0123.part").write_bytes(b"half a picture")
-        with lock_output(Path(folder)) as ours:
-            print(tree(folder))
+        with lock_output(Path(folder)):
+            assert tree(folder) == ["_srsys/lock"]
 
             def second():
                 with lock_output(Path(folder)):
                     pass
 
-            print(refusal(second).replace(folder, "OUT"))
+            assert refusal(second) == f"{folder}: another srsys is at work in this folder"
 
 
 def test_one_picture():
@@ -127,33 +131,34 @@ def test_one_picture():
 
 
 def test_the_folder():
-    from srsys.batch.folder import FolderProgress, restore_files
+    from srsys.batch.folder import NoProgress, restore_files
 
     # batch/01_folder.ipynb #restore-files-lesson
-    class Line(FolderProgress):
-        "Writes a line for each picture."
+    class Printed(NoProgress):
+        "Print a line for each picture."
 
         def end(self, result):
             print(f"{result.status:6} {Path(result.source).name} {result.message and '…' + result.message[-62:]}")
 
+    def counts(report):
+        return report["done"], report["kept"], report["failed"]
+
     with album() as (photos, out):
-        report = restore_files([photos], out, engine(), watch=Line())
-        assert (report["done"], report["kept"], report["failed"]) == (2, 0, 1)
+        assert counts(restore_files([photos], out, engine(), progress=Printed())) == (2, 0, 1)
         print(tree(out))
         street = open_picture(out / "1999 Rome" / "street.png")
         assert street.bands == 1 and np.array_equal(street.pixels[::2, ::2, 0], data.camera()[::4, ::4])
 
-        # the same again: nothing to do but the one that failed
-        again = restore_files([photos], out, engine())
-        assert (again["done"], again["kept"], again["failed"]) == (0, 2, 1)
-        # other weights, or a result that is gone: done again
-        assert restore_files([photos], out, engine(digest="2" * 64))["done"] == 2
+        # the same command again: only the picture that failed is tried
+        assert counts(restore_files([photos], out, engine())) == (0, 2, 1)
+        # with other weights, or without the result: restored again
+        assert counts(restore_files([photos], out, engine(digest="2" * 64))) == (2, 0, 1)
         (out / "portrait.png").unlink()
-        assert restore_files([photos], out, engine(digest="2" * 64), watch=Line())["done"] == 1
+        assert counts(restore_files([photos], out, engine(digest="2" * 64), progress=Printed())) == (1, 1, 1)
 
     # batch/01_folder.ipynb #interrupted-lesson
-    class Impatient(FolderProgress):
-        "Presses Ctrl-C at the third tile of the second picture."
+    class Interrupted(NoProgress):
+        "Press Ctrl-C at the third tile of the second picture."
 
         def begin(self, source, index, total):
             self.index = index
@@ -165,30 +170,36 @@ def test_the_folder():
     with album() as (photos, out):
         (photos / "letter.png").unlink()
         try:
-            restore_files([photos], out, engine(), watch=Impatient())
+            restore_files([photos], out, engine(), progress=Interrupted())
+            raise AssertionError("not interrupted")
         except KeyboardInterrupt:
-            print(tree(out))
-        report = restore_files([photos], out, engine(), watch=Line())
-        assert (report["done"], report["kept"]) == (1, 1)
+            assert tree(out) == ["_srsys/lock", "_srsys/manifest.jsonl", "portrait.png"]
+        assert counts(restore_files([photos], out, engine(), progress=Printed())) == (1, 1, 0)
 
     # batch/01_folder.ipynb #full-disk-lesson
     with album() as (photos, out):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
-            print(refusal(restore_files, [photos], out, engine()).replace(str(out), "OUT"))
+            message = refusal(restore_files, [photos], out, engine())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        print(message.replace(str(out), "OUT"))
+        assert "cannot be written: File too large; finished pictures stay" in message
         assert tree(out) == ["_srsys/lock", "_srsys/manifest.jsonl"]
-        assert restore_files([photos], out, engine())["failed"] == 1
-        print(refusal(restore_files, [photos], photos / "notes.txt", engine()).replace(str(photos), "PHOTOS"))
+        assert counts(restore_files([photos], out, engine())) == (2, 0, 1)
+        message = refusal(restore_files, [photos], photos / "notes.txt", engine())
+        assert message == f"{photos}/notes.txt: cannot be written: Not a directory"
 
-        class NoLonger(FolderProgress):
+        class CancelAtOnce(NoProgress):
+            "Cancel at the first tile."
+
             def tile(self, done, total):
-                raise Cancelled("never mind")
+                raise Cancelled("the user cancelled")
 
         try:
-            restore_files([photos / "portrait.jpg"], out / "more", engine(), watch=NoLonger())
+            restore_files([photos / "portrait.jpg"], out / "more", engine(), progress=CancelAtOnce())
+            raise AssertionError("not cancelled")
         except Cancelled as error:
-            print(error)
+            assert str(error) == "the user cancelled"
         assert tree(out / "more") == ["_srsys/lock", "_srsys/manifest.jsonl"]

@@ -3,16 +3,23 @@ import json
 import tempfile
 from pathlib import Path
 
-# batch/04_report.ipynb #lesson-imports
-from types import SimpleNamespace
-
 import numpy as np
 from PIL import Image
+
+# batch/04_report.ipynb #lesson-imports
 from skimage import data
 
 from srsys.batch.archive import BatchJob, Storage
+from srsys.batch.cluster import BatchProgress
 from srsys.batch.folder import OutputSettings
 from srsys.image import Picture, open_picture, save_picture
+
+
+# batch/04_report.ipynb #lesson-helpers
+def made_job(folder):
+    "A job from `folder/in` to `folder/out`."
+    settings = OutputSettings(None, "png", 95, "float32", "1" * 64)
+    return BatchJob(Storage(f"{folder}/in"), Storage(f"{folder}/out"), settings, "run1", "fast-x2/shipped")
 
 
 def test_the_contact_sheet():
@@ -29,24 +36,17 @@ def test_the_contact_sheet():
                 save_picture(
                     Picture(np.repeat(np.repeat(pixels, scale, 0), scale, 1)), Path(folder, place, f"{name}.png")
                 )
-        work = BatchJob(
-            Storage(f"{folder}/in"),
-            Storage(f"{folder}/out"),
-            OutputSettings(None, "png", 95, "float32", "1" * 64),
-            "run1",
-            "fast-x2/shipped",
-        )
         rows = [
             {"source": f"{folder}/in/{name}.png", "target": f"{name}.png", "consistency_db": 41.5}
             for name in ("astronaut", "camera", "gone")
         ]
-        sheet = contact_sheet(work, rows, side=120)
+        sheet = contact_sheet(made_job(folder), rows, side=120)
         assert sheet.pixels.shape == (144, 2 * 248, 3)
-        assert contact_sheet(work, rows[2:]) is None
+        assert contact_sheet(made_job(folder), rows[2:]) is None
     Image.fromarray(sheet.pixels)
 
 
-def test_in_numbers_and_in_words():
+def test_the_report():
     from srsys.batch.report import write_report
 
     # batch/04_report.ipynb #report-lesson
@@ -54,37 +54,28 @@ def test_in_numbers_and_in_words():
         for place in ("in", "out"):
             Path(folder, place).mkdir()
             save_picture(Picture(data.astronaut()[:96, 160:320]), Path(folder, place, "a.png"))
-        work = BatchJob(
-            Storage(f"{folder}/in"),
-            Storage(f"{folder}/out"),
-            OutputSettings(None, "png", 95, "float32", "1" * 64),
-            "run1",
-            "fast-x2/shipped",
-        )
         row = {"source": f"{folder}/in/a.png", "target": "a.png", "consistency_db": 31.2}
-        ended = SimpleNamespace(
+        progress = BatchProgress(
             done=1,
             kept=4,
             failed=1,
             seconds=2.0,
             engines=2,
-            rate=1.0,
-            least=[(-31.2, "a.png", row)],
+            least_consistent=[(-31.2, "a.png", row)],
             failures=[("in/b.png", "in/b.png: the file\nis empty")],
         )
-        report = write_report(work, ended)
+        report = write_report(made_job(folder), progress)
         text = Path(folder, "out/_srsys/report.md").read_text()
         print(text.replace(folder, "…"))
-        assert (
-            json.loads(Path(folder, "out/_srsys/report.json").read_text()) == json.loads(json.dumps(report))
-            and report["kept"] == 4
-        )
-        assert (
-            open_picture(Path(folder, "out/_srsys/contact.jpg")).width == 328
-            and "- in/b.png: the file is empty" in text
-        )
+        assert "1 done, 4 kept, 1 failed in 2 s by 2 engines, 60 pictures/min" in text
+        assert "from 31.2 dB upwards" in text and "- in/b.png: the file is empty" in text
+        stored = json.loads(Path(folder, "out/_srsys/report.json").read_text())
+        assert (stored["done"], stored["kept"], stored["failed"]) == (1, 4, 1) and stored["least_consistent"] == [row]
+        assert open_picture(Path(folder, "out/_srsys/contact.jpg")).width == 328
 
-        # with nothing to show, words alone
-        ended.least = []
-        write_report(BatchJob(work.source, Storage(f"{folder}/none"), work.settings, "run1", "fast-x2/shipped"), ended)
-        assert not Path(folder, "none/_srsys/contact.jpg").exists()
+        # without results to show there is no contact sheet
+        progress.least_consistent = []
+        Path(folder, "out/_srsys/contact.jpg").unlink()
+        write_report(made_job(folder), progress)
+        assert not Path(folder, "out/_srsys/contact.jpg").exists()
+        assert "Look at these first" not in Path(folder, "out/_srsys/report.md").read_text()

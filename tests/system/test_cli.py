@@ -1,4 +1,4 @@
-"""`srsys restore` as a process: what it leaves when it is killed, interrupted or out of room, and what it prints."""
+"""Protects `srsys restore` as a process: what a kill, an interruption or a full disk leaves, and what it prints."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import pytest
 from skimage import data
 
 from srsys.image import Header, Picture, RowWriter, open_picture, save_picture
+from tests.system.conftest import SRSYS, wait_until
 
 pytestmark = pytest.mark.timeout(300)  # each start reads PyTorch, which takes a while on a busy machine
-SRSYS = Path(sys.executable).with_name("srsys")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
@@ -37,7 +36,7 @@ def pictures(folder):
     return sorted(path.name for path in Path(folder).rglob("*") if path.suffix in IMAGES)
 
 
-def ours(errors):
+def messages(errors):
     "The lines on stderr, without the one that says that there is no registry."
     return [line for line in errors.splitlines() if "no registry" not in line]
 
@@ -54,33 +53,26 @@ def album(tmp_path):
     return photos
 
 
-def when(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.05)
-
-
 def begun(out):
-    "The first picture is done, so the second is at work."
+    "The first picture is done and the second has a temporary file."
     manifest = out / "_srsys" / "manifest.jsonl"
-    return manifest.exists() and manifest.read_text().count("\n") == 1
+    first_done = manifest.exists() and manifest.read_text().count("\n") == 1
+    return first_done and any(out.rglob(".srsys-*.part"))
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_the_middle_nothing_half_done_is_left_and_it_goes_on(album, tmp_path, with_signal):
+def test_a_killed_restore_leaves_no_half_result_and_continues(album, tmp_path, with_signal):
     command = ["restore", album, "-o", tmp_path / "out", "--model", "fast-x2"]
-    # a shell's background jobs ignore Ctrl-C, and hand that on to what they start, this process perhaps among them
-    heeds = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = start(*command, "--tile", "64", preexec_fn=heeds)
-    when(lambda: begun(tmp_path / "out"))
-    time.sleep(0.3)
+    # jobs in a shell's background ignore SIGINT, and so does what they start; this process may be one
+    heed_sigint = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = start(*command, "--tile", "64", preexec_fn=heed_sigint)
+    wait_until(lambda: begun(tmp_path / "out"), process)
     process.send_signal(with_signal)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (-9 if with_signal == signal.SIGKILL else 1)
     assert pictures(tmp_path / "out") == ["a small.png"] and "Traceback" not in errors
     if with_signal == signal.SIGINT:
-        assert ours(errors)[-1] == "srsys: interrupted; nothing half-done is left"
+        assert messages(errors)[-1] == "srsys: interrupted; nothing half-done is left"
 
     (album / "b large.png").unlink()  # a smaller one in its place, to be done quickly
     save_picture(Picture(data.astronaut()[::4, ::4]), album / "b large.png")
@@ -97,13 +89,12 @@ def test_a_full_disk_is_one_line(album, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
     status, output, errors = run("restore", album, "-o", tmp_path / "out", "--model", "fast-x2", preexec_fn=little_room)
-    assert (
-        status == 1 and len(ours(errors)) == 1 and "b large.png: cannot be written: File too large" in ours(errors)[0]
-    )
+    (message,) = messages(errors)
+    assert status == 1 and "b large.png: cannot be written: File too large" in message
     assert pictures(tmp_path / "out") == ["a small.png"]
 
 
-def test_bad_files_are_a_line_each_and_the_rest_goes_on(tmp_path):
+def test_each_bad_file_is_one_line_and_the_others_are_restored(tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     save_picture(Picture(data.astronaut()[::4, ::4]), photos / "whole.png")
@@ -115,7 +106,7 @@ def test_bad_files_are_a_line_each_and_the_rest_goes_on(tmp_path):
     # a name that is no UTF-8, as old archives have:
     Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.jpg")).write_bytes((photos / "whole.png").read_bytes())
     status, output, errors = run("restore", photos, photos / "missing.png", "-o", out, "--model", "fast-x2")
-    failed = ours(errors)
+    failed = messages(errors)
     assert status == 1 and len(failed) == 6 and all(line.startswith("failed  ") for line in failed), errors
     for name in ("half.png", "text.jpg", "nothing.webp", "drawing.tif", "bell��[2J.png", "missing.png"):
         assert sum(name in line for line in failed) == 1, name
@@ -123,7 +114,7 @@ def test_bad_files_are_a_line_each_and_the_rest_goes_on(tmp_path):
     assert len(pictures(out)) == 2
 
 
-def test_what_cannot_begin_says_so_in_one_line(tmp_path):
+def test_a_job_that_cannot_start_says_so_in_one_line(tmp_path):
     picture = tmp_path / "picture.png"
     save_picture(Picture(data.astronaut()[::8, ::8]), picture)
     (tmp_path / "weights.safetensors").write_bytes(bytes(100))
@@ -135,10 +126,11 @@ def test_what_cannot_begin_says_so_in_one_line(tmp_path):
         [picture, "-o", tmp_path / "o", "--model", tmp_path / "code.pth"],
     ):
         status, output, errors = run("restore", *args)
-        assert status == 1 and len(ours(errors)) == 1 and ours(errors)[0].startswith("srsys: "), errors
+        assert status == 1 and len(messages(errors)) == 1 and messages(errors)[0].startswith("srsys: "), errors
         assert not (tmp_path / "o").exists() and not Path("/tmp/srsys-was-here").exists()
 
 
 def test_help_does_not_wait_for_pytorch():
     code = "import sys, srsys.cli.main; print({'torch', 'mlflow', 'gradio', 'pyvips', 'lightning'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

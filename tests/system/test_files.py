@@ -1,13 +1,11 @@
-"""Files that no notebook holds: PngSuite, whole and broken, and what strangers pass off as pictures."""
+"""Protects reading and writing of image files: PngSuite, damaged and truncated files, bombs, and other files."""
 
-import io
 import os
 import random
 import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,20 +13,17 @@ from PIL import Image
 from skimage import data
 
 from srsys.image import FormatError, Header, ImageError, RowWriter, SizeError, open_picture, open_rows
-
-SUITE = Path(__file__).parents[2].parent / "shared/data/malformed/pngsuite"
-suite = pytest.mark.skipif(not SUITE.is_dir(), reason="PngSuite is not here (../shared/data/malformed/pngsuite)")
+from tests.system.conftest import encoded
 
 
-def encoded(picture, format, **options):
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format, **options)
-    return file.getvalue()
+@pytest.fixture(scope="module")
+def suite(shared):
+    "PngSuite: 14 broken files, whose names begin with x, and 161 good ones."
+    return shared("data/malformed/pngsuite")
 
 
-@suite
-def test_pngsuite_broken_files_are_refused():
-    broken = sorted(SUITE.glob("x*.png"))
+def test_pngsuite_broken_files_are_refused(suite):
+    broken = sorted(suite.glob("x*.png"))
     assert len(broken) == 14
     for path in broken:
         with pytest.raises(ImageError, match=path.name) as caught:
@@ -36,9 +31,8 @@ def test_pngsuite_broken_files_are_refused():
         assert "\n" not in str(caught.value)
 
 
-@suite
-def test_pngsuite_good_files_have_the_right_pixels():
-    good = sorted(set(SUITE.glob("*.png")) - set(SUITE.glob("x*.png")))
+def test_pngsuite_good_files_have_the_right_pixels(suite):
+    good = sorted(set(suite.glob("*.png")) - set(suite.glob("x*.png")))
     assert len(good) == 161
     for path in good:
         picture = open_picture(path)
@@ -47,9 +41,9 @@ def test_pngsuite_good_files_have_the_right_pixels():
             deep_grey = image.mode == "I;16"
             expected = np.asarray(image)[..., None] if deep_grey else np.asarray(image.convert("RGBA"))
         found, bands = picture.pixels, {1: [0], 2: [0, 3], 3: [0, 1, 2], 4: [0, 1, 2, 3]}[picture.bands]
-        if picture.depth == 16 or path.stem == "tbbn0g04":  # where Pillow does not see what is transparent
+        if picture.depth == 16 or path.stem == "tbbn0g04":  # Pillow does not read their transparency
             bands = bands[: picture.header.colours]
-        if picture.depth == 16 and not deep_grey:  # of which Pillow keeps the upper half
+        if picture.depth == 16 and not deep_grey:  # Pillow keeps the upper 8 bits
             found = found >> 8
         assert np.array_equal(found[..., : len(bands)], expected[..., bands]), path.name
 
@@ -77,7 +71,7 @@ def huge_files():
     yield "tiff", small
 
 
-def test_forty_thousand_squared_costs_nothing():
+def test_a_header_that_claims_1600_megapixels_is_refused():
     for kind, file in huge_files():
         with pytest.raises(SizeError, match="1600 megapixels"):
             open_picture(file, f"bomb.{kind}")
@@ -103,7 +97,7 @@ def test_forty_thousand_squared_costs_nothing():
     ],
 )
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_other_files_are_refused_whatever_they_are_called(tmp_path, content, suffix):
+def test_files_that_are_no_images_are_refused_whatever_their_suffix(tmp_path, content, suffix):
     path = tmp_path / f"picture.{suffix}"
     path.write_bytes(content)
     with pytest.raises(FormatError, match=str(path)):
@@ -117,9 +111,10 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "BMP", "GIF"])
-def test_damage_is_an_image_error_or_no_damage(format):
-    "Whatever is done to a file: a whole picture, or our error in one line; no other error, no shorter picture."
+def test_a_damaged_file_gives_a_whole_picture_or_an_image_error(format):
+    "No other exception, no error of several lines, no picture of another shape."
     whole, chance = encoded(data.astronaut()[:96, :128], format), random.Random(format)
+    refused = 0
     for _ in range(60):
         damaged = bytearray(whole)
         for _ in range(chance.randrange(1, 6)):
@@ -131,18 +126,23 @@ def test_damage_is_an_image_error_or_no_damage(format):
             assert str(error).startswith("damaged: ") and "\n" not in str(error)
         else:
             assert picture.pixels.shape == (picture.height, picture.width, picture.bands)
+            continue
+        refused += 1
+    assert refused
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "BMP", "GIF"])
-def test_no_part_of_a_truncated_file_comes_back(format):
+def test_a_truncated_file_is_read_whole_or_not_at_all(format):
     whole = encoded(data.astronaut()[:96, :128], format)
-    pixels = open_picture(whole).pixels
+    pixels, refused = open_picture(whole).pixels, 0
     for length in range(1, len(whole), max(1, len(whole) // 97)):
         try:
             found = open_picture(whole[:length]).pixels
         except ImageError:
+            refused += 1
             continue
         assert np.array_equal(found, pixels), f"{format} cut to {length} of {len(whole)} bytes"
+    assert refused > 50
 
 
 MEASURE = """

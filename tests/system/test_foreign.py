@@ -1,7 +1,6 @@
-"""Other people's networks at their published sizes, from the authors' kind of file to the page's API."""
+"""Protects the use of other people's networks at their published sizes, from the authors' files to the API."""
 
 import hashlib
-import io
 import json
 import re
 import threading
@@ -13,7 +12,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from skimage import data
 from typer.testing import CliRunner
 
@@ -25,10 +23,10 @@ from srsys.models.architectures import RRDBNet, SwinIR, initialise_from
 from srsys.registry.store import Store, register_shipped, resolve
 from srsys.restore.restorer import Restorer
 from srsys.train import configs
+from tests.system.conftest import PATIENCE, encoded
 
-pytestmark = pytest.mark.timeout(600)  # sixty-seven megabytes each, on a machine that may be busy
+pytestmark = pytest.mark.timeout(600)  # the files have up to 67 MB, and the machine may be busy
 SMALL = np.ascontiguousarray(data.astronaut()[60:80, 200:224])
-REAL = Path(__file__).resolve().parents[3] / "shared/weights/realesr-general-x4v3.from_ncnn_fp16.pth"
 NAMES = {
     "model.0.": "conv_first.",
     "model.1.sub.23.": "conv_body.",
@@ -40,7 +38,7 @@ NAMES = {
 
 
 def as_real_esrgan(state):
-    "An RRDBNet's weights by the names that Real-ESRGAN's files have."
+    "The weights of an RRDBNet under the names that Real-ESRGAN's files use."
     state = {
         re.sub(r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0", r"body.\1.rdb\2.conv\3", name): value
         for name, value in state.items()
@@ -62,7 +60,13 @@ def checkpoints(tmp_path_factory):
     }
     for name, content in made.items():
         torch.save(content, folder / f"{name}.pth")
-    return {name: folder / f"{name}.pth" for name in made} | ({"realesr-x4": REAL} if REAL.exists() else {})
+    return {name: folder / f"{name}.pth" for name in made}
+
+
+@pytest.fixture(scope="module")
+def real_checkpoint(shared):
+    "A file as its authors published it."
+    return shared("weights/realesr-general-x4v3.from_ncnn_fp16.pth")
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +85,16 @@ def converted(checkpoints, tmp_path_factory):
         ("realesr-x4", 1_213_296, 1),
     ],
 )
-def test_a_checkpoint_is_refused_then_trusted_restores_and_is_the_same_in_our_kind_of_file(
-    checkpoints, converted, name, parameters, block
+def test_a_checkpoint_is_refused_until_trusted_and_converts_without_change(
+    checkpoints, request, tmp_path, name, parameters, block
 ):
-    if name not in checkpoints:
-        pytest.skip(f"needs {REAL.name} among the shared weights")
-    path = checkpoints[name]
+    path = checkpoints[name] if name in checkpoints else request.getfixturevalue("real_checkpoint")
     with pytest.raises(weights.WeightsError, match=f"--trust {sha256(path)}"):
         weights.load(path)
-    model, again = weights.load(path, trust=sha256(path)), weights.load(converted[name])
+    model, again = (
+        weights.load(path, trust=sha256(path)),
+        weights.load(external.convert_checkpoint(path, tmp_path, name, trust=True)),
+    )
     assert (model.parameters, model.multiple_of, f"x{model.scale}") == (parameters, block, name.rpartition("-")[2])
     results = [Restorer(each, "cpu", "float32").restore(Picture(SMALL)).pixels for each in (model, again)]
     assert results[0].shape == (20 * model.scale, 24 * model.scale, 3) and np.array_equal(*results)
@@ -98,19 +103,15 @@ def test_a_checkpoint_is_refused_then_trusted_restores_and_is_the_same_in_our_ki
 
 def test_the_authors_names_are_kept(converted):
     keys = {name: set(weights.read_weights(path)[0]) for name, path in converted.items()}
-    assert (
-        len(keys["rrdbnet-x4"]) == 702
-        and "body.22.rdb3.conv5.bias" in keys["rrdbnet-x4"]
-        and "conv_up2.weight" in keys["rrdbnet-x4"]
-    )
-    assert (
-        "layers.5.residual_group.blocks.5.attn.relative_position_bias_table" in keys["swinir-m-x4"]
-        and "conv_before_upsample.0.weight" in keys["swinir-m-x4"]
-    )
-    assert "upsample.0.weight" in keys["swinir-light-x2"] and "conv_last.weight" not in keys["swinir-light-x2"]
+    assert len(keys["rrdbnet-x4"]) == 702
+    assert {"body.22.rdb3.conv5.bias", "conv_up2.weight"} <= keys["rrdbnet-x4"]
+    bias_table = "layers.5.residual_group.blocks.5.attn.relative_position_bias_table"
+    assert {bias_table, "conv_before_upsample.0.weight"} <= keys["swinir-m-x4"]
+    assert "upsample.0.weight" in keys["swinir-light-x2"]
+    assert "conv_last.weight" not in keys["swinir-light-x2"]
 
 
-def test_a_checkpoint_of_another_size_is_told_in_a_few_lines(checkpoints):
+def test_a_checkpoint_of_another_size_is_refused_in_a_few_lines(checkpoints):
     content = weights.read_weights(checkpoints["swinir-light-x2"], trust=True)[0]
     with pytest.raises(weights.WeightsError) as told:
         initialise_from(SwinIR().build(2), content, "theirs.pth")
@@ -123,25 +124,24 @@ def test_a_checkpoint_of_another_size_is_told_in_a_few_lines(checkpoints):
     assert any("missing: conv_last" in line for line in lines)
 
 
-def test_registered_they_are_served_and_can_be_trained(converted, tmp_path, serve):
+def test_registered_checkpoints_are_served_and_can_be_trained(converted, tmp_path, serve):
     store = Store(tmp_path / "home")
     register_shipped(store, converted)
     for name in converted:
         net = resolve(f"models:/srsys-{name}/1", store).model.net.requires_grad_(True).train()
-    net(torch.rand(1, 3, 16, 16)).mean().backward()
-    assert any(p.grad.abs().sum() > 0 for p in net.parameters())
+        net(torch.rand(1, 3, 16, 16)).mean().backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters()), name
 
     running = serve(tmp_path / "home")
     listed = {model["name"]: model for model in httpx.get(running.page + "/v1/models").json()["models"]}
-    assert (
-        set(converted) < set(listed)
-        and listed["swinir-m-x4"]["seconds_per_megapixel"] > listed["fast-x4"]["seconds_per_megapixel"]
-    )
-    file = io.BytesIO()
-    Image.fromarray(SMALL).save(file, "PNG")
+    assert set(converted) < set(listed)
+    assert listed["swinir-m-x4"]["seconds_per_megapixel"] > listed["fast-x4"]["seconds_per_megapixel"]
     for name in converted:
         answer = httpx.post(
-            running.page + "/v1/restore", files={"file": ("a.png", file.getvalue())}, data={"model": name}, timeout=200
+            running.page + "/v1/restore",
+            files={"file": ("a.png", encoded(SMALL))},
+            data={"model": name},
+            timeout=PATIENCE,
         )
         assert answer.status_code == 200, answer.text
         assert answer.headers["x-model-version"] == f"srsys-{name}/1"
@@ -185,7 +185,10 @@ def test_fetch_at_the_command_line(checkpoints, tmp_path):
     file = checkpoints["swinir-light-x2"]
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(file.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    entry = '[[checkpoint]]\nname = "{0}.pth"\nregister = "{0}"\nurl = "http://127.0.0.1:{1}/{2}"\nsources = {3}\nscale = 2\nlicence = "MIT"\n{4}\n'
+    entry = (
+        '[[checkpoint]]\nname = "{0}.pth"\nregister = "{0}"\nurl = "http://127.0.0.1:{1}/{2}"\nsources = {3}\n'
+        'scale = 2\nlicence = "MIT"\n{4}\n'
+    )
     digest, wrong = f'sha256 = "{sha256(file)}"', f'sha256 = "{hashlib.sha256(b"").hexdigest()}"'
     (tmp_path / "catalog.toml").write_text(
         "".join(
@@ -214,12 +217,8 @@ def test_fetch_at_the_command_line(checkpoints, tmp_path):
             ("rumour-x2", "nobody states its digest"),
         ):
             status, _, said = fetch(name)
-            assert (
-                status == 1
-                and why in said
-                and "--accept" in said
-                and not (tmp_path / f"home/weights/{name}.pth").exists()
-            )
+            assert status == 1 and why in said and "--accept" in said
+            assert not (tmp_path / f"home/weights/{name}.pth").exists()
         assert fetch("hearsay-x2", "--accept")[0] == 0 and fetch("rumour-x2", "--trust", sha256(file))[0] == 0
         status, _, said = fetch("forged-x2")
         assert status == 1 and "SHA-256" in said and not list((tmp_path / "home/weights").glob("forged*"))

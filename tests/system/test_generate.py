@@ -1,4 +1,4 @@
-"""How lessons become tests."""
+"""Protects tests/generate.py: how the lessons of a notebook become a test file."""
 
 import subprocess
 import sys
@@ -15,7 +15,8 @@ CELLS = {
     "# Reading": "",
     "## Reading, and its errors": "",
     "read": "#| export\nLIMIT = [n for n in range(3)][-1]\nclass ImageError(ValueError): pass\ndef _read(x): return x",
-    "lesson": "text = '''a\n  b'''\nassert _read(text) == text\nshow_doc(_read)\n%matplotlib inline\nphoto.shape == (LIMIT, LIMIT)",
+    "lesson": "text = '''a\n  b'''\nassert _read(text) == text\n"
+    "show_doc(_read)\n%matplotlib inline\nphoto.shape == (LIMIT, LIMIT)",
     "failure": "try: raise ImageError(digest)\nexcept ImageError as error: print(error)",
     "never": "#| eval: false\n1/0",
     "## Writing": "",
@@ -60,7 +61,7 @@ def test_writing_large_one():
 """
 
 
-def test_a_section_becomes_a_test_that_stands_alone(tmp_path):
+def test_each_section_becomes_a_test_of_its_own(tmp_path):
     cells = [
         nbformat.v4.new_markdown_cell(key, id=f"m{i}")
         if key.startswith("#")
@@ -85,6 +86,5 @@ def test_a_section_becomes_a_test_that_stands_alone(tmp_path):
         test,
     ]
     found = subprocess.run(ruff, capture_output=True, text=True).stdout
-    assert "Undefined name `text`" in found and "Found 1 error" in found, (
-        "what leaks from one section into another is seen"
-    )
+    assert "Undefined name `text`" in found, "ruff finds a name that one section takes from another"
+    assert "Found 1 error" in found

@@ -1,4 +1,7 @@
-"""A scheduled run that is killed (kill -9) at each of its steps: before everything that its runner writes or starts, and as each cell of its notebook begins. The next run succeeds."""
+"""Protects scheduled runs against kill -9 at each step: before every write of the runner, and as each cell begins.
+
+The next run succeeds, whatever the killed one left.
+"""
 
 import json
 import os
@@ -8,14 +11,17 @@ import sys
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from srsys.models import weights
 from srsys.registry.store import Store, list_versions, register
+from tests.system.conftest import ROOT, fill_inbox, kill_children_since, noisy_weights
 
-SCHEDULED = Path(__file__).resolve().parents[2] / "scheduled"
+SCHEDULED = ROOT / "scheduled"
 
-# Imports once and forks for each run: what is killed is a real process. `at` is a step of the runner, or nothing; `stub` is a notebook that counts as executed, so that only the runner works.
+# Imports once and forks for each run, so a real process is killed. `at` is the step of the runner to kill it before, or
+# None; `stub` is a notebook that counts as executed, so only the runner works.
 DRIVER = """
 import fcntl, json, os, shutil, signal, sys
 from pathlib import Path
@@ -36,8 +42,15 @@ def die_before(step, home):
                 os.kill(os.getpid(), signal.SIGKILL)
             return do(*args, **options)
         return call
-    for owner, names in {fcntl: ["flock"], os: ["replace", "rename", "fsync"], runner: ["_save_report", "write_job_metrics"], Path: ["write_text"],
-                         MlflowClient: ["create_experiment", "create_run", "update_run", "set_tag", "log_batch", "log_artifact", "set_terminated"]}.items():
+    steps = {
+        fcntl: ["flock"],
+        os: ["replace", "rename", "fsync"],
+        runner: ["_save_report", "write_job_metrics"],
+        Path: ["write_text"],
+        MlflowClient: ["create_experiment", "create_run", "update_run", "set_tag", "log_batch", "log_artifact",
+                       "set_terminated"],
+    }
+    for owner, names in steps.items():
         for name in names:
             setattr(owner, name, counted(name, getattr(owner, name)))
     runner.httpx.post = counted("webhook", runner.httpx.post)
@@ -52,9 +65,11 @@ def do(home, notebook, values, at, stub):
         runner._execute = lambda job, *_: shutil.copy(stub, job["out"]) and ""
     if at is not None:
         die_before(at, home)
-    return runner.run_notebook(Path(notebook), Path(home), values, Store(Path(home)), webhook="http://chat.invalid", patience=60, limit=600)
+    return runner.run_notebook(
+        Path(notebook), Path(home), values, Store(Path(home)), webhook="http://chat.invalid", patience=60, limit=600
+    )
 
-connect_client(Store(Path(sys.argv[1])))  # what MLflow imports on the way is there for all
+connect_client(Store(Path(sys.argv[1])))  # so that MLflow's late imports are done before the forks
 print("ready", flush=True)
 for line in sys.stdin:
     if not (child := os.fork()):
@@ -79,10 +94,10 @@ class Driver:
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        assert self.process.stdout.readline() == "ready\n"
+        assert self.process.stdout.readline() == "ready\n", "the driver did not start"
 
     def run(self, home, notebook, values=None, at=None, stub=None):
-        "How a run ended: its exit status, -9 if it was killed, and what came of it."
+        "Run a notebook; returns the exit status, -9 if it was killed, and the result."
         self.process.stdin.write(
             json.dumps(
                 {
@@ -107,10 +122,14 @@ class Driver:
 def driver(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
     with open(folder / "log", "w") as log:
-        driver = Driver(folder / "home", log)
-        yield driver, folder
-        driver.process.stdin.close()
-        driver.process.wait(60)
+        before = psutil.Process().children(recursive=True)
+        try:
+            driver = Driver(folder / "home", log)
+            yield driver, folder
+            driver.process.stdin.close()
+            driver.process.wait(60)
+        finally:
+            kill_children_since(before)
 
 
 def tiny(folder, *cells, name="count"):
@@ -126,10 +145,14 @@ def tiny(folder, *cells, name="count"):
 
 
 def killed_at(path, number, folder):
-    "The same notebook, whose runner is killed as code cell `number` begins: the cell below it kills the process that waits for papermill."
+    "The same notebook with a cell that kills the runner, papermill's parent, before code cell `number`."
     nb = nbformat.read(path, 4)
     at = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code"][number]
-    kill = "import os, psutil, signal, time\nos.kill(psutil.Process().parent().parent().pid, signal.SIGKILL)\ntime.sleep(600)"
+    kill = (
+        "import os, psutil, signal, time\n"
+        "os.kill(psutil.Process().parent().parent().pid, signal.SIGKILL)\n"
+        "time.sleep(600)  # until this kernel is ended too"
+    )
     nb.cells.insert(at, nbformat.v4.new_code_cell(kill))
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, folder / path.name)
@@ -143,8 +166,8 @@ COUNT = (
 )
 
 
-def sound(home, said, notebook="count"):
-    "What every run leaves that nobody killed, whatever was there before."
+def check_finished(home, said, notebook="count"):
+    "A run that was not killed leaves a notebook, a page, a metric and a message, whatever was there before."
     assert said["status"] == "done", said
     page = Path(said["file"]).with_suffix(".html").read_text()
     assert nbformat.read(said["file"], 4).cells and "</html>" in page
@@ -154,7 +177,7 @@ def sound(home, said, notebook="count"):
 
 @pytest.mark.timeout(600)
 def test_a_runner_killed_before_every_step(driver):
-    "The lock, MLflow's record, the start of papermill, the naming, the page, what is kept in MLflow, the metric, the webhook, the end of the record."
+    "From the lock to the end of MLflow's record; the next run always succeeds."
     (process, folder), names = driver, []
     notebook, stub = tiny(folder / "notebooks", *COUNT), folder / "executed.ipynb"
     ended, said = process.run(folder / "plain", notebook)  # by a real kernel
@@ -170,8 +193,8 @@ def test_a_runner_killed_before_every_step(driver):
         names.append((home / "died").read_text())
         ended, said = process.run(home, notebook, stub=stub)
         assert ended == 0, said
-        sound(home, said)
-    sound(home, said)
+        check_finished(home, said)
+    check_finished(home, said)
     wanted = [
         "flock",
         "create_run",
@@ -186,13 +209,13 @@ def test_a_runner_killed_before_every_step(driver):
         "webhook",
         "set_terminated",
     ]
-    rest = iter(names)
+    rest = iter(names)  # `in` consumes it, so this asks for the order too
     assert all(name in rest for name in wanted), " ".join(names)
 
 
 @pytest.mark.timeout(600)
 def test_a_notebook_killed_at_every_cell(driver, processes_of):
-    "By a real kernel each time, of which nothing is left; the next run has the lock, and keeps what the killed one got to."
+    "With a real kernel, which does not survive; the next run gets the lock and keeps the killed notebook."
     process, folder = driver
     notebook, home = tiny(folder / "notebooks", *COUNT), folder / "cells"
     home.mkdir()
@@ -202,7 +225,7 @@ def test_a_notebook_killed_at_every_cell(driver, processes_of):
         assert list(home.glob("runs/*/count.running.ipynb"))
     ended, said = process.run(home, notebook)
     assert ended == 0 and said["facts"]["steps"] == 3 and list(home.glob("runs/*/count.killed.ipynb")), said
-    sound(home, said)
+    check_finished(home, said)
     assert not processes_of(home)
 
 
@@ -217,20 +240,17 @@ OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_cell_of_every_scheduled_notebook(driver, processes_of, monkeypatch):
-    "Each killed at each cell, then run through from what that left, which comes to the same as a run that nobody killed; a quarter of an hour on an idle machine."
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    import test_story
-
+def test_every_scheduled_notebook_killed_at_every_cell(driver, processes_of):
+    "Slow, a quarter of an hour: each is killed at each cell and run again, with the same result as without a kill."
     process, folder = driver
     home, kills = folder / "life", 0
     home.mkdir()
     first = register(
         Store(home),
-        test_story.worse(weights.shipped_weights()["fast-x4"], folder / "first.safetensors", 0.06, 0),
+        noisy_weights(weights.shipped_weights()["fast-x4"], folder / "first.safetensors", 0.06, 0),
         status="passed",
     )
-    test_story.fill(home / "data/inbox")
+    fill_inbox(home / "data/inbox")
     for name, values in OPTIONS.items():
         path = SCHEDULED / f"{name}.ipynb"
         cells = sum(cell.cell_type == "code" for cell in nbformat.read(path, 4).cells)
@@ -245,7 +265,7 @@ def test_every_cell_of_every_scheduled_notebook(driver, processes_of, monkeypatc
             assert any("champion" in v.aliases for v in list_versions(Store(there), first.name))
             ended, said = process.run(there, path, values)
             assert ended == 0, (name, cell, said)
-            sound(there, said, name)
+            check_finished(there, said, name)
             came_to = {
                 n: [(v.version, v.aliases, v.status) for v in list_versions(Store(h), first.name)]
                 for n, h in (("plain", home), ("killed", there))

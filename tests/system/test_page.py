@@ -1,38 +1,43 @@
-"""The page in a real browser: drop, restore, compare, take home; cancel; bad files; a telephone; and nothing asked of any other host."""
+"""Protects the page in a real browser: upload, restore, compare, download, cancel, bad files, phones, keyboard, axe.
 
-import io
+Each test also fails if the page asks another host for anything, or if its scripts raise an error.
+"""
+
 import sqlite3
 from contextlib import closing
 
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from PIL import Image, ImageCms
+from PIL import ImageCms
 from playwright.sync_api import expect
 from skimage import data
 
 from srsys.image import open_picture
+from tests.system.conftest import encoded
 
-pytestmark = pytest.mark.timeout(400)
-PATIENCE = 90_000  # ms, for a machine that is busy with other things
+pytestmark = pytest.mark.timeout(900)
+PATIENCE = 180_000  # ms, for a machine that is busy with other things
 expect.set_options(timeout=PATIENCE)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 @pytest.fixture
 def open_page(browser, served):
-    "Opens the page in windows of their own; asserts at the end that nothing was asked of another host and nothing failed."
-    contexts, strange, broken = [], [], []
+    "Opens the page in a new window. Fails at the end if another host was asked or a script raised an error."
+    contexts, other_hosts, errors = [], [], []
+
+    def check_host(request):
+        if not request.url.startswith((served.page, "data:", "blob:")):
+            other_hosts.append(request.url)
 
     def open_one(width=1280, height=900, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        page.on(
-            "request", lambda r: None if r.url.startswith((served.page, "data:", "blob:")) else strange.append(r.url)
-        )
-        page.on("pageerror", lambda error: broken.append(str(error)))
+        page.on("request", check_host)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(served.page)
         expect(page.get_by_role("button", name="Restore")).to_be_visible()
         return page
@@ -40,14 +45,12 @@ def open_page(browser, served):
     yield open_one
     for context in contexts:
         context.close()
-    assert not strange and not broken, (strange, broken)
+    assert not other_hosts and not errors, (other_hosts, errors)
 
 
 def file(pixels, name="holiday.png", kind="PNG", **options):
     "A file as a person would choose it."
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, kind, **options)
-    return {"name": name, "mimeType": "application/octet-stream", "buffer": content.getvalue()}
+    return {"name": name, "mimeType": "application/octet-stream", "buffer": encoded(pixels, kind, **options)}
 
 
 def choose(page, chosen):
@@ -59,7 +62,7 @@ def restore(page):
     page.get_by_role("link", name="Download the result").wait_for()
 
 
-def take_home(page):
+def download_result(page):
     with page.expect_download() as download:
         page.get_by_role("link", name="Download the result").click()
     return download.value.suggested_filename, open_picture(download.value.path())
@@ -68,11 +71,12 @@ def take_home(page):
 def share_of_after(page):
     "Where the restored picture begins, from 0 to 1 of the width."
     return page.evaluate(
-        "parseFloat(document.querySelector('.after').style.clipPath.split('px)')[0].split(' ').pop()) / document.querySelector('.sheet').clientWidth"
+        "parseFloat(document.querySelector('.after').style.clipPath.split('px)')[0].split(' ').pop())"
+        " / document.querySelector('.sheet').clientWidth"
     )
 
 
-def test_a_picture_is_restored_compared_and_taken_home(open_page):
+def test_a_picture_is_restored_compared_and_downloaded(open_page):
     page = open_page()
     choose(page, file(data.astronaut()[:120, 160:320], icc_profile=PROFILE))
     expect(page.get_by_alt_text("The picture you chose: holiday.png, 160 × 120 pixels")).to_be_visible()
@@ -81,7 +85,7 @@ def test_a_picture_is_restored_compared_and_taken_home(open_page):
         assert page.get_by_alt_text(alt).evaluate("img => img.complete && img.naturalWidth > 0")
     facts = page.locator(".facts").inner_text()
     assert "photo-x4, version 1" in facts and "160×120 → 640×480" in facts and "colour profile" in facts
-    name, picture = take_home(page)
+    name, picture = download_result(page)
     assert (name, picture.width, picture.height, picture.depth, picture.icc) == ("holiday-x4.png", 640, 480, 8, PROFILE)
 
     slider = page.get_by_role("slider")
@@ -108,14 +112,14 @@ def test_a_picture_is_restored_compared_and_taken_home(open_page):
     assert ratio == pytest.approx(1), "one pixel of the result on one of the screen"
 
 
-def test_sixteen_bits_stay_and_a_large_result_is_looked_at_in_its_middle(open_page):
+def test_16_bits_are_kept_and_a_large_result_is_shown_at_its_middle(open_page):
     page = open_page()
     deep = np.linspace(0, 65535, 700 * 60).reshape(60, 700).astype(np.uint16)
     choose(page, file(deep, "scan.tif", "TIFF"))
     page.get_by_text("To 4K").click()
     restore(page)
     expect(page.get_by_text("At 100 % you see the middle")).to_be_visible()
-    name, picture = take_home(page)
+    name, picture = download_result(page)
     assert (name, picture.width, picture.height, picture.bands, picture.depth) == ("scan-x5.49.png", 3840, 329, 1, 16)
     page.get_by_role("button", name="Look at 100 %").click()
     before, after = (
@@ -127,7 +131,7 @@ def test_sixteen_bits_stay_and_a_large_result_is_looked_at_in_its_middle(open_pa
     assert after[0] < 3840 and before[1] == after[1], "both show the same part at the same size"
 
 
-def test_cancel_ends_it_at_the_next_tile(open_page):
+def test_cancel_ends_the_work_at_the_next_tile(open_page):
     page = open_page()
     choose(page, file(np.tile(data.coffee(), (5, 4, 1)), "large.jpg", "JPEG"))
     page.get_by_text("×2", exact=True).click()
@@ -159,7 +163,7 @@ def test_a_bad_file_is_one_plain_line(open_page, content, words):
     expect(page.get_by_role("button", name="Restore")).to_be_disabled()
 
 
-def test_an_example_says_what_it_is_and_a_picture_can_be_pasted(open_page):
+def test_an_example_and_a_pasted_picture_are_loaded(open_page):
     page = open_page()
     page.get_by_role("button", name="A clean small picture").click()
     expect(page.get_by_alt_text("The picture you chose: coffee.png, 200 × 133 pixels")).to_be_visible()
@@ -184,7 +188,7 @@ def test_another_champion_can_be_chosen(open_page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_telephone(open_page, scheme):
+def test_the_page_fits_a_phone(open_page, scheme):
     page = open_page(390, 844, color_scheme=scheme, has_touch=True, is_mobile=True, device_scale_factor=2)
 
     def fits():
@@ -198,7 +202,7 @@ def test_it_fits_a_telephone(open_page, scheme):
     assert fits() and page.get_by_role("slider").bounding_box()["width"] > 90
 
 
-def test_a_vote_is_kept_and_the_picture_only_if_it_was_given(open_page, served):
+def test_a_vote_is_stored_and_the_picture_only_with_consent(open_page, served):
     page, folder = open_page(), served.home / "feedback"
     for keep in (False, True):
         choose(page, file(data.astronaut()[:120, 160:320]))
@@ -225,7 +229,7 @@ def test_a_vote_is_kept_and_the_picture_only_if_it_was_given(open_page, served):
 
 
 def press(page, key, until, at_most=80):
-    "Press a key until what has the focus answers to a name, as somebody without a mouse would."
+    "Press a key until the element with this name has the focus."
     for _ in range(at_most):
         page.keyboard.press(key)
         words = page.evaluate(
@@ -236,8 +240,8 @@ def press(page, key, until, at_most=80):
     raise AssertionError(f"no way to {until!r} with {key}; the last was {words!r}")
 
 
-def test_it_is_used_without_a_mouse(open_page):
-    "A picture is chosen, its kind and size said, restored, compared, looked at, taken home and voted on with the keyboard alone."
+def test_the_page_works_with_the_keyboard_alone(open_page):
+    "Choosing a picture, its kind and the size, restoring, comparing, zooming, downloading and voting."
     page = open_page()
     press(page, "Tab", "Choose a picture")
     press(page, "Tab", "A portrait")
@@ -275,7 +279,7 @@ def test_it_is_used_without_a_mouse(open_page):
 
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(open_page, width, scheme):
+def test_axe_finds_no_accessibility_violation(open_page, width, scheme):
     page = open_page(width, 900, color_scheme=scheme)
     for state in ("empty", "failed", "restored"):
         if state == "failed":

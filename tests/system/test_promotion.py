@@ -1,4 +1,4 @@
-"""A promotion, or the way back, that is killed (kill -9) after every single write; and two processes that promote at once."""
+"""Protects promotion and rollback against kill -9 before each write, and against two processes that promote at once."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from srsys.registry.gating import Decision, Gain, GateReason
 from srsys.registry.promotion import promote, register_challenger, rollback
 from srsys.registry.store import Store, connect_client, list_versions, register, resolve
 
-# Imports once and forks for each job: what is killed is a real process, and what it had open dies with it.
+# Imports once and forks for each job, so a real process is killed, with all that it has open.
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
@@ -33,13 +33,17 @@ def die_before(write):
                 os.kill(os.getpid(), signal.SIGKILL)
             return do(*args, **options)
         return call
-    for name in ("log_artifact", "set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias"):
+    writes = "log_artifact", "set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias"
+    for name in writes:
         setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
 
 def case(home, verb, decision, write):
     die_before(write)
     store = Store(Path(home))
-    rollback(store, "fern-x2") if verb == "rollback" else promote(store, "fern-x2", Decision.from_dict(decision), [sys.argv[1]])
+    if verb == "rollback":
+        rollback(store, "fern-x2")
+    else:
+        promote(store, "fern-x2", Decision.from_dict(decision), [sys.argv[1]])
 
 def start(job):
     if child := os.fork():
@@ -54,9 +58,12 @@ def start(job):
         os._exit(code)
 
 groups = json.loads(Path(sys.argv[1]).read_text())
-resolve("fern-x2", Store(Path(sys.argv[2])))  # what MLflow imports on the way is there for all
-started = [[start(job) for job in group] if len(group) > 1 else group for group in groups]
-print(json.dumps([[os.waitstatus_to_exitcode(os.waitpid(one if isinstance(one, int) else start(one), 0)[1]) for one in group] for group in started]))
+resolve("fern-x2", Store(Path(sys.argv[2])))  # so that MLflow's late imports are done before the forks
+ended = []
+for group in groups:  # the jobs of a group run at once
+    children = [start(job) for job in group]
+    ended.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+print(json.dumps(ended))
 """
 
 
@@ -91,7 +98,7 @@ def template(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ends(template):
-    "What was done to each copy of a registry, and how its processes ended: 0 done, 1 refused, -9 killed; and what was said."
+    "The exit statuses of the processes on each copy of the registry: 0 done, 1 refused, -9 killed; and their stderr."
     folder, yes = template
     groups = (
         {f"promote {write}": [[3, write]] for write in range(11)}
@@ -123,7 +130,7 @@ def aliases(store):
     return {alias: v.version for v in list_versions(store) for alias in v.aliases}
 
 
-def test_a_promotion_killed_after_every_write(template, ends):
+def test_a_promotion_killed_before_every_write(template, ends):
     (folder, yes), (ended, said) = template, ends
     assert [ended[f"promote {write}"] for write in range(11)] == [[-9]] * 9 + [[0]] * 2, said
     for write in range(10):
@@ -133,7 +140,7 @@ def test_a_promotion_killed_after_every_write(template, ends):
         assert aliases(store) == {"champion": 3, "previous": 1} and resolve("fern-x2", store).version.version == 3
 
 
-def test_a_rollback_killed_after_every_write(template, ends):
+def test_a_rollback_killed_before_every_write(template, ends):
     (folder, _), (ended, said) = template, ends
     assert [ended[f"rollback {write}"] for write in range(4)] == [[-9], [-9], [-9], [0]], said
     for write in range(4):
@@ -145,7 +152,7 @@ def test_a_rollback_killed_after_every_write(template, ends):
 
 
 def test_two_processes_promote_at_once(template, ends):
-    "Both passed the gate against the same champion: one is champion now, the other is told to be judged again."
+    "Both passed the gate against the same champion: one becomes champion, the other must be judged again."
     (folder, _), (ended, said) = template, ends
     assert sorted(ended["both"]) == [0, 1] and "judge it again" in said, said
     found = aliases(Store(folder / "both"))
@@ -153,8 +160,8 @@ def test_two_processes_promote_at_once(template, ends):
     assert resolve("fern-x2", Store(folder / "both")).version.version == found["champion"]
 
 
-def test_what_the_gate_did_not_pass_is_not_served(template):
-    "Somebody moves the alias by hand, in MLflow's own pages: the rule is looked at again where the weights are read."
+def test_a_version_that_did_not_pass_the_gate_is_not_served(template):
+    "Even if somebody moves the alias by hand in MLflow's pages: the status is checked again when weights are read."
     store = Store(template[0] / "home")
     connect_client(store).set_registered_model_alias("srsys-fern-x2", "champion", "2")
     try:

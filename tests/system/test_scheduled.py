@@ -1,28 +1,25 @@
-"""The scheduled notebooks, the processes that run them, and the timetable that is shipped."""
+"""Protects the scheduled notebooks, the processes that run them, and the shipped timetable."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
-import time
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from srsys.jobs.runner import read_parameters
 from srsys.jobs.timetable import read_timetable
+from tests.system.conftest import ROOT, SRSYS, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-SRSYS = Path(sys.executable).with_name("srsys")
 pytestmark = pytest.mark.timeout(900)
 NOTEBOOKS = sorted(ROOT.glob("scheduled/*.ipynb"))
+assert NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_scheduled_notebook_only_calls(path):
-    "Its parameters are still tagged, it has a headline and a conclusion, and nothing is defined or stored in it."
+def test_a_scheduled_notebook_only_calls_the_package(path):
+    "Its parameters are tagged, it has a headline and a conclusion, and it defines nothing and stores no output."
     assert read_parameters(path)
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     sources = ["".join(cell["source"]) for cell in cells]
@@ -31,13 +28,13 @@ def test_a_scheduled_notebook_only_calls(path):
     assert not [cell for cell in cells if cell["outputs"]]
 
 
-def test_the_timetable_that_is_shipped():
+def test_the_shipped_timetable():
     rows = read_timetable(ROOT / "scheduled/timetable.toml")
     assert {n.stem for row in rows.values() for n in row.notebooks} == {p.stem for p in NOTEBOOKS}
     assert rows["retrain"].trigger.interval.days == 14
 
 
-def test_the_unit_that_is_shipped():
+def test_the_shipped_systemd_unit():
     unit = (ROOT / "scheduled/srsys-schedule.service").read_text()
     assert "srsys schedule" in unit and "Restart=always" in unit
 
@@ -52,17 +49,9 @@ def begin(home, notebook, *options):
     )
 
 
-def until(true, within=120):
-    end = time.monotonic() + within
-    while not (found := true()):
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.1)
-    return found
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_kill_leaves_no_kernel(tmp_path, how, processes_of):
-    "However `srsys run` ends while a cell works, nothing of it lives on, the notebook is kept, and the next run begins."
+    "However `srsys run` is ended during a cell, no process survives, the notebook is kept, and the next run works."
     slow = {
         "cells": [
             {
@@ -77,7 +66,8 @@ def test_a_kill_leaves_no_kernel(tmp_path, how, processes_of):
                 ("p", "wait = 600"),
                 (
                     "w",
-                    "import pathlib, subprocess, time\npathlib.Path('there').touch()\nsubprocess.Popen(['sleep', str(wait)])\ntime.sleep(wait)",
+                    "import pathlib, subprocess, time\npathlib.Path('there').touch()\n"
+                    "subprocess.Popen(['sleep', str(wait)])\ntime.sleep(wait)",
                 ),
             )
         ],
@@ -89,11 +79,13 @@ def test_a_kill_leaves_no_kernel(tmp_path, how, processes_of):
     home = (tmp_path / "home").resolve()
     process = begin(home, path)
     try:
-        until((home / "there").exists)
-        until(lambda: len(processes_of(home)) >= 4)  # the command, papermill, the kernel, and what the kernel started
+        wait_until((home / "there").exists, process)
+        wait_until(
+            lambda: len(processes_of(home)) >= 4
+        )  # the command, papermill, the kernel, and what the kernel started
         process.send_signal(how)
         assert process.wait(60) != 0
-        until(lambda: not processes_of(home), 60)
+        wait_until(lambda: not processes_of(home))
     finally:
         for left in [process, *processes_of(home)]:
             left.kill()
@@ -115,8 +107,8 @@ def test_wrong_usage(tmp_path):
         assert process.returncode == 2 and word in out, out
 
 
-def test_the_timetable_is_kept_by_a_process(tmp_path):
-    "`srsys schedule` runs what is due, ends at once when told to, and takes up a row that was cut off."
+def test_a_process_keeps_the_timetable(tmp_path):
+    "`srsys schedule` runs what is due, continues an interrupted row, and ends on SIGTERM."
     (tmp_path / "scheduled").mkdir()
     for path in NOTEBOOKS:
         (tmp_path / "scheduled" / path.name).write_bytes(path.read_bytes())
@@ -125,7 +117,7 @@ def test_the_timetable_is_kept_by_a_process(tmp_path):
     assert tomllib.loads(timetable.read_text())
     home = tmp_path / "home"
     (home / "runs").mkdir(parents=True)
-    (home / "runs/nightly.row").touch()  # it was cut off
+    (home / "runs/nightly.row").touch()  # it was interrupted
     process = subprocess.Popen(
         [SRSYS, "schedule", "--timetable", timetable],
         stdout=subprocess.PIPE,
@@ -134,8 +126,8 @@ def test_the_timetable_is_kept_by_a_process(tmp_path):
         env=os.environ | {"SRSYS_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )
     try:
-        until(lambda: list(home.glob("runs/*/etl.done.ipynb")), 240)
-        until(lambda: not (home / "runs/nightly.row").exists())
+        wait_until(lambda: list(home.glob("runs/*/etl.done.ipynb")), process)
+        wait_until(lambda: not (home / "runs/nightly.row").exists(), process)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "nightly: next" in out and "ended" in out, out

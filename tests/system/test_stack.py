@@ -1,15 +1,14 @@
-"""The services of docker/compose.yaml as processes, with their environment variables: PostgreSQL, an S3-compatible
-server (moto's, which speaks the protocol), MLflow and srsys. A model is trained, registered, promoted and served, and
-is still served after everything was restarted."""
+"""Protects the topology of docker/compose.yaml, run as processes: PostgreSQL, an S3-compatible store, MLflow and srsys.
 
-import io
+A model is trained, registered, promoted and served, and is still served after all of them were restarted. moto's server
+stands for the store.
+"""
+
 import os
 import pwd
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import boto3
@@ -26,31 +25,25 @@ from srsys.registry.promotion import promote, register_challenger
 from srsys.registry.store import Store, list_champions
 from srsys.train.configs import Compact, TrainConfig
 from srsys.train.loop import train
+from tests.system.conftest import PATIENCE, ROOT, encoded, free_port, wait_until
 
 pytestmark = pytest.mark.timeout(900)
-ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def wait_for(address, process, log):
+    "Wait until a process answers at its address; its log is in the error if it does not."
 
-
-def wait_for(address, process, log, within=240):
-    "Wait until a process answers at its address."
-    end = time.monotonic() + within
-    while True:
+    def answers():
         try:
-            if httpx.get(address, timeout=10).status_code < 500:
-                return
+            return httpx.get(address, timeout=10).status_code < 500
         except httpx.HTTPError:
-            pass
-        assert process.poll() is None and time.monotonic() < end, (
-            f"{address} does not answer: {log.read_text()[-2000:]}"
-        )
-        time.sleep(0.2)
+            return False
+
+    try:
+        wait_until(answers, process)
+    except AssertionError as error:
+        raise AssertionError(f"{address} does not answer: {log.read_text()[-2000:]}") from error
 
 
 class Stack:
@@ -118,8 +111,8 @@ class Stack:
         )
 
     def up(self):
-        "All but the app, each waited for."
-        self.start(
+        "Start all but the app, and wait until each answers."
+        postgres = self.start(
             "postgres",
             self.bin / "postgres",
             "-D",
@@ -134,13 +127,9 @@ class Stack:
             cwd="/",
             **self.as_postgres,
         )
-        end = time.monotonic() + 120
-        while subprocess.run(
-            [self.bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.ports["postgres"])]
-        ).returncode:
-            assert time.monotonic() < end, (self.folder / "postgres.log").read_text()
-            time.sleep(0.2)
-        if not self.store:  # moto keeps what it has in memory, so it alone lives through a restart
+        ask = [self.bin / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.ports["postgres"])]
+        wait_until(lambda: subprocess.run(ask).returncode == 0, postgres)
+        if not self.store:  # moto keeps its content in memory, so it alone is not restarted
             self.store = self.start(
                 "store", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", self.ports["store"]
             )
@@ -171,6 +160,8 @@ class Stack:
 
     def down(self):
         for process in reversed(self.running):
+            if process.poll() is not None:
+                continue
             os.killpg(process.pid, signal.SIGTERM if process.args[0].endswith("entry.sh") else signal.SIGINT)
             try:
                 process.wait(60)
@@ -188,15 +179,17 @@ def stack(tmp_path_factory, system_package):
     for parent in (folder.parent, folder.parent.parent):  # another user is to come through
         parent.chmod(parent.stat().st_mode | 0o011)
     made = Stack(folder, found[-1])
-    yield made
-    made.down()
-    if made.store:
-        os.killpg(made.store.pid, signal.SIGKILL)
-        made.store.wait(30)
+    try:
+        yield made
+    finally:
+        made.down()
+        if made.store:
+            os.killpg(made.store.pid, signal.SIGKILL)
+            made.store.wait(30)
 
 
 def train_small(store, folder):
-    "A network that learns next to nothing, tracked as `srsys train` does it; its weights."
+    "Train a small network for two steps, tracked as `srsys train` does it; returns the weights file."
     config = TrainConfig(
         "small-x2",
         2,
@@ -220,19 +213,18 @@ def train_small(store, folder):
 
 
 def restored(running):
-    "A picture's way through the server: who restored it, and the result."
-    file = io.BytesIO()
-    Image.fromarray(data.chelsea()[:60, :80]).save(file, "PNG")
+    "Send a picture to the server; returns the model's version and the result."
     answer = httpx.post(
-        running.page + "/v1/restore", files={"file": ("cat.png", file.getvalue())}, data={"model": "small"}, timeout=200
+        running.page + "/v1/restore",
+        files={"file": ("cat.png", encoded(data.chelsea()[:60, :80]))},
+        data={"model": "small"},
+        timeout=PATIENCE,
     )
     assert answer.status_code == 200, answer.text
     return answer.headers["x-model-version"], answer.content
 
 
-def test_trained_registered_promoted_served_and_still_served_after_everything_was_started_anew(
-    stack, serve, home, monkeypatch, tmp_path
-):
+def test_a_model_is_trained_promoted_served_and_still_served_after_a_restart(stack, serve, home, monkeypatch, tmp_path):
     stack.up()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address := stack.environment()["MLFLOW_TRACKING_URI"])
     store = Store(home, address)
@@ -244,7 +236,7 @@ def test_trained_registered_promoted_served_and_still_served_after_everything_wa
         version.sha256,
         None,
         None,
-        (GateReason("trust", True, "two steps of training are judged by nobody"),),
+        (GateReason("trust", True, "a model of two training steps"),),
     )
     assert promote(store, version.name, first).aliases == ("champion",)
     running = serve(tmp_path / "first")
@@ -253,17 +245,13 @@ def test_trained_registered_promoted_served_and_still_served_after_everything_wa
     assert running.end(signal.SIGTERM) == 0
 
     keys = {item["Key"].rsplit("/", 1)[1] for item in stack.s3().list_objects_v2(Bucket="srsys")["Contents"]}
-    assert {"small-x2.safetensors", *(f"{name}.safetensors" for name in shipped_weights())} <= keys, (
-        "weights lie in the bucket"
-    )
-    assert {"decision.md", "decision.json"} <= keys, "and why they were promoted"
+    assert {"small-x2.safetensors", *(f"{name}.safetensors" for name in shipped_weights())} <= keys
+    assert {"decision.md", "decision.json"} <= keys
     stack.down()
     stack.up()
     running = serve(tmp_path / "second")  # a machine that has nothing yet
     assert restored(running) == (made_by, picture)
     served = {model["name"]: model["version"] for model in httpx.get(running.page + "/v1/models").json()["models"]}
-    assert served == {
-        name.removeprefix("srsys-"): v.label for name, v in ((v.name, v) for v in list_champions(store).values())
-    }
-    assert all(version.endswith("/1") for version in served.values()), "and nothing was registered twice"
+    assert served == {v.name.removeprefix("srsys-"): v.label for v in list_champions(store).values()}
+    assert all(version.endswith("/1") for version in served.values()), "a model was registered twice"
     assert running.end(signal.SIGTERM) == 0

@@ -1,4 +1,4 @@
-"""What is generated is what the sources make, and what is packaged is what the package needs."""
+"""Protects generated files and the package: they match the notebooks, and the wheel holds what it needs."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def files(folder, *patterns):
     return {str(path.relative_to(folder)): path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
 
 
-def test_package_tests_and_readme_are_what_the_notebooks_make(copy):
+def test_package_tests_and_readme_match_the_notebooks(copy):
     kinds = "srsys/**/*.py", "tests/*/test_*.py", "tests/test_*.py", "README.md", "nbs/**/*.ipynb", "scheduled/*.ipynb"
     before = files(copy, *kinds)
     (copy / "srsys/stale.py").write_text("")
@@ -62,11 +62,11 @@ def test_package_tests_and_readme_are_what_the_notebooks_make(copy):
 
 
 def test_the_code_and_the_lessons_are_free_of_lint(copy):
-    "Above all of F821: a lesson that lives on what another section left behind."
+    "Above all of F821: a lesson that uses a name from another section."
     subprocess.run([BIN / "ruff", "check"], cwd=copy, check=True)
 
 
-def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
+def test_cleaning_keeps_the_tag_of_the_parameters_cell(copy):
     cell = nbformat.v4.new_code_cell("n = 1", id="parameters", metadata={"tags": ["parameters"], "collapsed": True})
     page = copy / "scheduled/tagged.ipynb"
     page.parent.mkdir(exist_ok=True)
@@ -77,13 +77,14 @@ def test_cleaning_keeps_the_tag_that_papermill_looks_for(copy):
     assert kept == {"tags": ["parameters"]}
 
 
-@pytest.mark.timeout(900)  # half a minute, but on a busy machine the longest of all
-def test_the_pages_are_whole_and_ask_no_other_host(copy, browser):
-    "Sphinx is strict here: a link that leads nowhere fails."
+@pytest.mark.timeout(900)  # half a minute, but much longer on a busy machine
+def test_the_docs_are_complete_and_ask_no_other_host(copy, browser):
+    "Sphinx is strict here: a broken link fails."
     subprocess.run([BIN / "python", "nbs/_pages/docs.py"], cwd=copy, check=True)
     pages = sorted((copy / "_docs").glob("**/*.html"))
     made = {page.relative_to(copy / "_docs").with_suffix("") for page in pages}
-    assert {page.relative_to(copy / "nbs").with_suffix("") for page in (copy / "nbs").glob("**/[!.]*.ipynb")} <= made
+    notebooks = {page.relative_to(copy / "nbs").with_suffix("") for page in (copy / "nbs").glob("**/[!.]*.ipynb")}
+    assert notebooks and notebooks <= made
     tab, asked = browser.new_page(), []
     tab.on("request", lambda request: asked.append(request.url))
     for page in pages:
@@ -103,7 +104,7 @@ def test_the_lock_holds_hashes_and_names_no_host():
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    "A wheel of what is committed, so that nothing which only lies about here gets into it."
+    "A wheel of the committed files, without whatever else lies in the working tree."
     if not (ROOT / ".git").exists():
         pytest.skip("not a git repository")
     folder = tmp_path_factory.mktemp("wheel")

@@ -1,4 +1,4 @@
-"""Tiled equals whole for the networks that are shipped; the lessons of `restore` show it for stand-ins."""
+"""Protects tiling with the shipped networks: tiled equals whole. The lessons of `restore` show it for stand-ins."""
 
 import numpy as np
 import pytest
@@ -45,11 +45,9 @@ def test_tiled_equals_whole(name, height, width, channels, depth, scale, tile):
     model, picture = load(shipped_weights()[name]), part(height, width, channels, depth)
     whole = Restorer(model, "cpu", "float32").restore(picture, scale).pixels
     tiled = Restorer(model, "cpu", "float32", tile).restore(picture, scale).pixels
-    wanted = scale or model.scale
-    assert (
-        whole.shape == (max(round(height * wanted), 1), max(round(width * wanted), 1), channels)
-        and whole.dtype == picture.pixels.dtype
-    )
+    factor = scale or model.scale
+    assert whole.shape == (max(round(height * factor), 1), max(round(width * factor), 1), channels)
+    assert whole.dtype == picture.pixels.dtype
     assert np.abs(whole.astype(int) - tiled).max() <= 2**depth // 255
     if depth == 8:
         low_whole, low_tiled = (

@@ -1,4 +1,7 @@
-"""Load through HTTP on the shipped fast-x4: as fast as the engine's own, and three times more than it can take. The exact figures are `make bench`'s."""
+"""Protects the throughput of HTTP on the shipped fast-x4, and what happens under three times the load it can take.
+
+The exact figures are those of `make bench`.
+"""
 
 import pytest
 
@@ -12,7 +15,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def loaded(folder, size, count, rounds):
-    "The pace, what became of three times that, and how many pictures the device restored meanwhile."
+    "The throughput, the outcome of three times that load, and how many pictures were restored meanwhile."
     content, table = speed.benchmark_photo(*size), load_table(None)
     (source := folder / "a.jpg").write_bytes(content)
     with running_server(engine := Engine(lambda: table), folder) as port:
@@ -27,13 +30,14 @@ def loaded(folder, size, count, rounds):
         return pace, seen, value("srsys_batch_size_sum") - before
 
 
-def test_three_times_too_much_is_shed_and_who_is_taken_is_served_in_time(tmp_path):
+def test_overload_is_refused_and_accepted_requests_are_served_in_time(tmp_path):
     _, seen, tiles = loaded(tmp_path, (64, 36), 40, 1)
     assert seen.restored >= 1 and seen.wait_p95 <= seen.deadline
-    assert tiles == seen.restored, "who was refused was not worked on"
+    assert tiles == seen.restored, "a refused request was worked on"
 
 
 @pytest.mark.slow
 def test_through_http_it_is_as_fast_as_the_engine(tmp_path):
     pace, seen, _ = loaded(tmp_path, PICTURE_SIZE, 60, 5)
-    assert pace.ratio >= 0.95 and seen.wait_p95 <= seen.deadline and seen.refused > 0 and seen.refusal_p95 < 0.05
+    assert pace.ratio >= 0.95 and seen.wait_p95 <= seen.deadline
+    assert seen.refused > 0 and seen.refusal_p95 < 0.05
