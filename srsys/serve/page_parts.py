@@ -78,7 +78,7 @@ class SessionFolders:
         is_token = len(token) == 2 * TOKEN_BYTES and token.isalnum()
         is_file_name = "/" not in name and not name.startswith(".")
         if not is_token or not is_file_name or not path.exists():
-            raise RequestError(404, "not_found", "this picture is no longer here; please drop it again")
+            raise RequestError(404, "not_found", "this picture is no longer on the server; please choose it again")
         (self.root / token).touch()
         return path
 
@@ -216,7 +216,7 @@ def model_choices(
     table: ModelTable | None,  # None while the models are loaded
 ) -> list[tuple[str, str]]:
     "Return every model that can be chosen, as pairs of description and name; the first lets the page choose."
-    choices = [("Chosen by what the picture is", "")]
+    choices = [("Chosen by the kind of picture", "")]
     if table:
         for name, (_, resolved) in table.served.items():
             parts = [f"×{resolved.model.scale}", f"{table.pace[name]:.3g} s per megapixel"]
@@ -241,7 +241,7 @@ def progress_html(job: RestoreJob, ahead: int) -> str:
     "Return how far a job is; `ahead` is the number of jobs before it in the queue."
     done, total = job.progress
     if job.state.waiting:
-        return status_html(f"Waiting; {ahead} {'picture is' if ahead == 1 else 'pictures are'} before yours")
+        return status_html(f"Waiting; {ahead} {'picture is' if ahead == 1 else 'pictures are'} ahead of yours")
     if not total:
         text = "Reading the picture"
     elif done == total:
@@ -259,4 +259,4 @@ EMPTY_HTML = """<div class="panel empty"><p>
 <rect x="2" y="2" width="72" height="52" rx="7"/><path d="M38 2v52M8 46l12-14 9 9M44 42l11-15 13 17"/>
 <circle cx="58" cy="15" r="5"/><path d="M14 11h8v8h-8z"/></svg>
 Your picture will appear here, before and after.
-It stays on this machine and is forgotten when the server ends.</p></div>"""
+It stays on this machine and is deleted when the server stops.</p></div>"""

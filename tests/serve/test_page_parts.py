@@ -52,7 +52,7 @@ def test_session_folders():
         try:
             folders.find(token, name)
         except RequestError as error:
-            assert error.status == 404 and "this picture is no longer here" in str(error)
+            assert error.status == 404 and "this picture is no longer on the server" in str(error)
         else:
             raise AssertionError(f"{token}/{name} should not have been found")
 
@@ -112,8 +112,8 @@ def test_texts():
     error = error_html(image.ImageError("cat <3>.png: broken or incomplete"))
     assert 'role="alert">cat &lt;3&gt;.png: broken or incomplete<' in error, "escaped, in one line"
     job = RestoreJob(RestoreRequest(Path("cat.png")), fresh_folder())
-    assert "2 pictures are before" in progress_html(job, 2)
-    assert "1 picture is before" in progress_html(job, 1)
+    assert "2 pictures are ahead" in progress_html(job, 2)
+    assert "1 picture is ahead" in progress_html(job, 1)
     job.state = JobState.RUNNING
     for progress, text in [((0, 0), "Reading"), ((3, 12), "3 of 12 tiles"), ((12, 12), "Writing")]:
         job.progress = progress
