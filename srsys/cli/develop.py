@@ -215,7 +215,7 @@ class TrainProgressBar:
 def evaluate_command(
     model: ModelName,
     data: Annotated[Path, typer.Option(help="A folder of originals.")],
-    scale: Annotated[int, typer.Option(min=1, help="How many times smaller the pictures to be restored are.")],
+    scale: Annotated[int, typer.Option(min=1, help="By how much the originals are reduced, and enlarged again.")],
     degrade: Annotated[
         str,
         typer.Option(help=f"How the originals are degraded: {degradation_help()}."),
@@ -451,9 +451,10 @@ def data_fetch(
     ] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Download data sets, verify and unpack them, and search them for benchmark pictures.
+    """Download and unpack data sets.
 
-    An interrupted download resumes where it stopped.
+    Files are verified, and training pictures are searched for copies of benchmark pictures. An interrupted download
+    resumes where it stopped.
     """
     settings = read_settings()
     from srsys.data import datasets

@@ -241,8 +241,8 @@ def _measure_slices(
 def run_trial(
     challenger: Model,
     champion: Model | None,  # None: there is none yet
-    slices: dict[str, EvaluationSlice],  # the challenger has to be better on these
-    benchmarks: dict[str, EvaluationSlice] | None = None,  # and must not be worse on these
+    slices: dict[str, EvaluationSlice],  # that the models are judged on
+    benchmarks: dict[str, EvaluationSlice] | None = None,  # on which the challenger must not be worse
     labels: tuple[str, str] = ("", ""),  # of both in the evidence; their names unless given
     device: str = "auto",
     precision: str = "auto",  # for everything but the scores
@@ -283,7 +283,7 @@ def run_trial(
     on_progress("megabytes")
     photo = measure.benchmark_photo(*size)
     megabytes = [measure.peak_memory(model, photo)[0] for model in models]
-    found = [
+    evidence_of_models = [
         evidence(
             i,
             finite=True,
@@ -295,7 +295,7 @@ def run_trial(
         )
         for i in range(len(models))
     ]
-    return found[0], found[1] if champion else None
+    return evidence_of_models[0], evidence_of_models[1] if champion else None
 
 
 # %% ../../nbs/evaluate/03_comparison.ipynb #file

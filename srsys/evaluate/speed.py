@@ -284,8 +284,8 @@ def _verdict(met: bool | None) -> str:
 
 def _best_report(reports: list[Report], folder: str, scale: int) -> Report | None:
     "The report with the highest RGB PSNR on a benchmark of clean pictures"
-    wanted = (folder, scale, "bicubic", "float32", False)
-    on_folder = [r for r in reports if (r.data, r.scale, r.degrade, r.precision, r.ensemble) == wanted]
+    settings = (folder, scale, "bicubic", "float32", False)
+    on_folder = [r for r in reports if (r.data, r.scale, r.degrade, r.precision, r.ensemble) == settings]
     return max(on_folder, key=lambda r: r.mean.psnr_rgb, default=None)
 
 

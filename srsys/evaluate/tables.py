@@ -356,7 +356,7 @@ def select_rows(
     def value(row: MeasuredRow, field: str) -> object:
         return row.model[field] if field in ("name", "photo") else getattr(row.report, field)
 
-    return [row for row in rows if all(value(row, field) == wanted for field, wanted in conditions.items())]
+    return [row for row in rows if all(value(row, field) == expected for field, expected in conditions.items())]
 
 
 def all_reports(document: dict) -> list[Report]:
