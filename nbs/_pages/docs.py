@@ -52,7 +52,7 @@ def name(cell):
 
 
 def described(cell, code=""):
-    "What nbdev says of an exported name, as Markdown; a class is called one, and an inherited constructor says nothing."
+    "nbdev's description of an exported name as Markdown; for a class, its own class line instead of the constructor."
     text = "".join(next(out["data"]["text/markdown"] for out in cell.outputs if "text/markdown" in out.get("data", {})))
     text = re.sub(r"\A---\n|\[source\]\(.*?\)\{.*?\}", "", text)
     text = re.sub(r"### (\S+)", r"### `\1`", text)
@@ -93,7 +93,7 @@ def folded(cells):
 
 
 def contents(page):
-    "The hidden table of contents at the end of an index page: the packages in reading order, or the modules of one package."
+    "The hidden table of contents of an index page: the packages in reading order, or the modules of a package."
     if page.parent.name == "_proc":
         groups = (
             [("Pictures and files", ["[0-9]*"])]
@@ -109,7 +109,7 @@ def contents(page):
 
 
 def prepare(page, sources, homes):
-    "Write a page anew: descriptions in the order of the source, which follows folded, and links that stay in the house."
+    "Rewrite a page: descriptions in source order, the source itself folded, and links to local pages."
     nb, cells = nbformat.read(page, 4), []
     for code, group in itertools.groupby(nb.cells, key=lambda cell: sources.get(name(cell))):
         if code:

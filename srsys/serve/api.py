@@ -201,7 +201,8 @@ async def wait_for_result(job: RestoreJob, request: Request) -> RestoreResult:
     result = asyncio.wrap_future(job.future)
     disconnect = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait([result, disconnect], return_when=asyncio.FIRST_COMPLETED)
+        waiting: list[asyncio.Future[Any]] = [result, disconnect]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
             job.cancel()
         return await result
