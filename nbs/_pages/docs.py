@@ -98,7 +98,7 @@ def contents(page):
         groups = (
             [("Pictures and files", ["[0-9]*"])]
             + [("Packages", [f"{name}/index" for name in PACKAGES])]
-            + [("Studies", ["studies/*"])]
+            + [("Studies", ["studies/*"]), ("Project", ["contributing"])]
         )
     else:
         groups = [("Modules", ["[0-9]*"])]

@@ -1,4 +1,4 @@
-"""README.md from nbs/index.ipynb: `#| hide` cells left out, `#| echo: false` cells by their output alone."""
+"""README.md from nbs/index.ipynb, CONTRIBUTING.md from nbs/contributing.ipynb: `#| hide` cells left out, `#| echo: false` cells by their output alone."""
 
 import posixpath
 import re
@@ -26,4 +26,5 @@ def readme(notebook):
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme(ROOT / "nbs/index.ipynb"))
+    for page, file in (("index", "README.md"), ("contributing", "CONTRIBUTING.md")):
+        (ROOT / file).write_text(readme(ROOT / f"nbs/{page}.ipynb"))
