@@ -3,6 +3,7 @@
 Both live in nbs/_pages because nbdev passes over what begins with an underscore.
 """
 
+import inspect
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fastcore.docments
 import nbformat
 import yaml
 from nbdev.config import get_config
@@ -33,6 +35,17 @@ PACKAGES = (
     "jobs",
     "cli",
 )
+
+
+def signature(function, eval_str=False):
+    "inspect.signature, in which annotations that only a type checker can resolve stay text."
+    try:
+        return inspect.signature(function, eval_str=eval_str)
+    except NameError:
+        return inspect.signature(function)
+
+
+fastcore.docments.signature = signature  # nbdev offers no way to keep such annotations; it fails on them
 
 
 def exported(notebook):

@@ -19,6 +19,7 @@ import torch
 from skimage import data
 from typer.testing import CliRunner
 
+from srsys.batch.cluster import BatchProgress
 from srsys.cli.main import main
 from srsys.image import Picture, open_picture, save_picture
 from srsys.jobs import runner
@@ -115,8 +116,6 @@ def test_restore():
 
 def test_batch():
     # cli/04_main.ipynb #batch-lesson
-    from srsys.batch.cluster import BatchProgress
-
     def fake_restore_archive(progress, job, model, options, display):
         "Reports progress as a job does, without one"
         print(f"{job.source.address} → {job.out.address}, {job.model}, {options.address}, {options.engines} engines")
