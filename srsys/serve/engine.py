@@ -103,7 +103,7 @@ class RestoreJob:
 
     - `Engine.move`, in whatever thread and under the engine's lock: `state`;
     - `cancel`, in a client's thread: `cancel_reason`;
-    - the thread that decodes: `header`, `pixels` and `seconds["decode"]`;
+    - the thread that decodes: `header`, `large_pixels` and `seconds["decode"]`;
     - the device thread: `work`, `progress`, `last_turn` and `seconds["infer"]`;
     - the thread that encodes: `seconds["encode"]`.
 
@@ -130,7 +130,7 @@ class RestoreJob:
 
     # work
     header: image.Header = field(init=False, repr=False)  # of its picture; there is none before it has been read
-    pixels: int = 0  # of its picture, once its header has been read
+    large_pixels: int = 0  # of its picture if that is not small, once there is room for it
     work: DeviceWork | None = None  # once the device has begun
 
     def cancel(self, reason: BaseException | None = None) -> None:
@@ -337,6 +337,10 @@ def _shutting_down() -> RequestError:
     return RequestError(503, "not_ready", "the server is shutting down", 5)
 
 
+def _starting() -> RequestError:
+    return RequestError(503, "not_ready", "the server is still starting", 5)
+
+
 def read_in_worker(
     pool: worker_pool.WorkerPool,
     name: str,  # of the picture, for the message
@@ -410,7 +414,7 @@ class Engine:
     def models(self) -> ModelTable:
         "The models in use. Raises RequestError if there are none yet."
         if self.table is None:
-            raise RequestError(503, "not_ready", "the server is still starting", 5)
+            raise _starting()
         return self.table
 
     # admission and the end
@@ -461,7 +465,7 @@ class Engine:
         if reason == "closing":
             return _shutting_down()
         if reason == "starting":
-            return RequestError(503, "not_ready", "the server is still starting", 5)
+            return _starting()
         count, seconds = len(self.jobs), max(1, math.ceil(self.seconds_per_picture * len(self.jobs)))
         return RequestError(429, "busy", f"{count} pictures are waiting already; try again in {seconds} s", seconds)
 
@@ -546,10 +550,12 @@ class Engine:
         if self._decode(job, self.quick, self.limits.small):
             self.move(job, JobState.READY)
             return
+        pixels = job.header.width * job.header.height
         with self.changed:
-            large = sum(each.pixels for each in self.jobs if each.pixels > self.limits.small)
-            if large > self.limits.pixels_waiting and not job.state.finished:
+            admitted = sum(each.large_pixels for each in self.jobs)
+            if admitted + pixels > self.limits.pixels_waiting and not job.state.finished:
                 raise self._refusal()
+            job.large_pixels = pixels
         self.slow.threads.submit(self.run_for, job, self._decode_large)
 
     def _decode_large(self, job: RestoreJob) -> None:
@@ -575,7 +581,7 @@ class Engine:
             limits.pixels_in,
             decode_limit,
         )
-        job.header, job.pixels = header, header.width * header.height
+        job.header = header
         job.seconds["decode"] += time.perf_counter() - start
         scale = resolve_scale(request, header, limits)
         restorer, _ = self.models().choose(request.model, scale)
