@@ -75,7 +75,7 @@ def test_suitable_for_training():
         "small.png": "too small: 420×200, and the shorter side must have 256 pixels",
         "broken.png": "broken or incomplete",
         "flat.png": "too little contrast: its brightness varies by 0.0 levels, and at least 4 are needed",
-        "words.jpg": "not a picture|not an image|unknown",
+        "words.jpg": "not a picture in an accepted format",
         "blocks.jpg": "compressed too much: a JPEG of quality 40, and at least 75 is needed",
         "sticker.png": "parts of it are transparent",
     }

@@ -28,8 +28,51 @@ def tiny_rrdbnet():
     return RRDBNet(features=8, blocks=2).build(4)
 
 
+def test_the_architectures():
+    from srsys.models.architectures import Compact
+
+    # models/03_architectures.ipynb #lesson-architectures
+    picture = torch.zeros(1, 3, 16, 16)
+    for architecture in (
+        SwinIR(channels=12, depths=(2,), heads=2, patch=16),
+        RRDBNet(features=8, blocks=1),
+        Compact(8, 1, unshuffle=2),
+    ):
+        net = architecture.build(scale=2)
+        assert net(picture).shape == (1, 3, 32, 32) and architecture.multiple_of <= 8
+        assert weights.build_model(net.state_dict()).scale == 2, "its files are recognised"
+        print(architecture)
+    assert Compact() == Compact() and Compact() != Compact(convs=12)
+
+    plain = Compact(8, 1).build(2)
+    names = set(plain.state_dict())
+    wide = Compact(8, 1, width=16).for_training(plain, fresh=True)
+    assert "body.0.wide" in wide.state_dict()
+    assert set(Compact(8, 1, width=0).for_training(Compact(8, 1).build(2), fresh=True).state_dict()) == names
+
+    # models/03_architectures.ipynb #shapes-lesson
+    light = SwinIR(channels=60, depths=(6,) * 4, upsampler="pixelshuffledirect")
+    for name, architecture, file in (
+        ("RRDBNet", RRDBNet(), "RealESRGAN_x4plus.pth"),
+        ("RRDBNet", RRDBNet(), "RealESRGAN_x2plus.pth"),
+        ("SwinIR-light", light, "002_lightweightSR_DIV2K_s64w8_SwinIR-S_x4.pth"),
+        ("SwinIR-light", light, "002_lightweightSR_DIV2K_s64w8_SwinIR-S_x2.pth"),
+    ):
+        entry = weights.weights_catalog()[file]
+        net = architecture.build(entry["scale"])
+        parameters = sum(p.numel() for p in net.parameters())
+        size = sum(v.numel() * v.element_size() for v in net.state_dict().values())
+        print(
+            f"{name:12} ×{entry['scale']} {parameters:>10,} parameters; "
+            f"{size / 1e6:.2f} MB of weights in a file of {entry['bytes'] / 1e6:.2f} MB"
+        )
+        assert 0.99 < size / entry["bytes"] < 1
+    with pytest.raises(ValueError, match="1, 2, 4 or 8 times, not 3"):
+        RRDBNet().build(3)
+
+
 def test_beginning_from_a_checkpoint():
-    from srsys.models.architectures import initialise_from
+    from srsys.models.architectures import Compact, initialise_from
 
     # models/03_architectures.ipynb #initialise-lesson
     torch.manual_seed(0)
@@ -59,6 +102,21 @@ def test_beginning_from_a_checkpoint():
         renamed = {k.replace(ours, theirs) if k.startswith(ours) else k: v for k, v in renamed.items()}
     assert torch.equal(initialise_from(tiny_rrdbnet(), {"params_ema": renamed}).eval()(picture), small(picture))
 
+    # models/03_architectures.ipynb #lesson-start
+    torch.manual_seed(0)
+    start = weights.wrap_network(Compact(8, 1).build(2), "start")
+    patch = torch.rand(1, 3, 8, 8)
+    larger = Compact(12, 1).start_from(Compact(12, 1).build(2), start)
+    assert torch.allclose(larger(patch), start.net(patch), atol=1e-6), (
+        "a larger network begins with what the smaller knows"
+    )
+    threefold = Compact(8, 1).start_from(Compact(8, 1).build(3), start)
+    assert torch.equal(threefold.body[2].weight, start.net.body[2].weight), "another scale: all but the last layer"
+    with pytest.raises(ValueError, match="does not fit into"):
+        Compact(4, 1).start_from(Compact(4, 1).build(2), start)
+    with pytest.raises(WeightsError, match="missing: model.0.weight"):
+        RRDBNet(8, 1).start_from(RRDBNet(8, 1).build(2), start)
+
     # models/03_architectures.ipynb #initialise-failure
     for wrong in (tiny_swinir(channels=24), tiny_swinir(scale=4), small):
         with pytest.raises(WeightsError, match="theirs.pth does not fit the network that was asked for") as refused:
@@ -67,63 +125,6 @@ def test_beginning_from_a_checkpoint():
         assert 2 <= len(str(refused.value).splitlines()) <= 13
     with pytest.raises(WeightsError, match="unexpected: who"):
         initialise_from(tiny_swinir(), {"who": torch.zeros(1)})
-
-
-def test_the_architectures():
-    from srsys.models.architectures import Compact
-
-    # models/03_architectures.ipynb #lesson-architectures
-    picture = torch.zeros(1, 3, 16, 16)
-    for architecture in (
-        SwinIR(channels=12, depths=(2,), heads=2, patch=16),
-        RRDBNet(features=8, blocks=1),
-        Compact(8, 1, unshuffle=2),
-    ):
-        net = architecture.build(scale=2)
-        assert net(picture).shape == (1, 3, 32, 32) and architecture.multiple_of <= 8
-        assert weights.build_model(net.state_dict()).scale == 2, "its files are recognised"
-        print(architecture)
-    assert Compact() == Compact() and Compact() != Compact(convs=12)
-
-    torch.manual_seed(0)
-    small = weights.wrap_network(Compact(8, 1).build(2), "small")
-    patch = torch.rand(1, 3, 8, 8)
-    larger = Compact(12, 3).start_from(Compact(12, 1).build(2), small)
-    assert torch.allclose(larger(patch), small.net(patch), atol=1e-6), (
-        "a larger network begins with what the smaller knows"
-    )
-    threefold = Compact(8, 1).start_from(Compact(8, 1).build(3), small)
-    assert torch.equal(threefold.body[2].weight, small.net.body[2].weight), "another scale: all but the last layer"
-    with pytest.raises(ValueError, match="does not fit into"):
-        Compact(4, 1).start_from(Compact(4, 1).build(2), small)
-    with pytest.raises(WeightsError, match="missing: model.0.weight"):
-        RRDBNet(8, 1).start_from(RRDBNet(8, 1).build(2), small)
-
-    wide = Compact(8, 1, width=16).for_training(Compact(8, 1).build(2), fresh=True)
-    assert len(wide.state_dict()) > len(small.net.state_dict())
-    assert len(Compact(8, 1, width=0).for_training(Compact(8, 1).build(2), True).state_dict()) == len(
-        small.net.state_dict()
-    )
-
-    # models/03_architectures.ipynb #shapes-lesson
-    light = SwinIR(channels=60, depths=(6,) * 4, upsampler="pixelshuffledirect")
-    for name, architecture, file in (
-        ("RRDBNet", RRDBNet(), "RealESRGAN_x4plus.pth"),
-        ("RRDBNet", RRDBNet(), "RealESRGAN_x2plus.pth"),
-        ("SwinIR-light", light, "002_lightweightSR_DIV2K_s64w8_SwinIR-S_x4.pth"),
-        ("SwinIR-light", light, "002_lightweightSR_DIV2K_s64w8_SwinIR-S_x2.pth"),
-    ):
-        entry = weights.weights_catalog()[file]
-        net = architecture.build(entry["scale"])
-        parameters = sum(p.numel() for p in net.parameters())
-        size = sum(v.numel() * v.element_size() for v in net.state_dict().values())
-        print(
-            f"{name:12} ×{entry['scale']} {parameters:>10,} parameters; "
-            f"{size / 1e6:.2f} MB of weights in a file of {entry['bytes'] / 1e6:.2f} MB"
-        )
-        assert 0.99 < size / entry["bytes"] < 1
-    with pytest.raises(ValueError, match="1, 2, 4 or 8 times, not 3"):
-        RRDBNet().build(3)
 
 
 def test_how_far_they_see():
