@@ -1,4 +1,7 @@
-"""README.md from nbs/index.ipynb, CONTRIBUTING.md from nbs/contributing.ipynb: `#| hide` cells left out, `#| echo: false` cells by their output alone."""
+"""README.md and CONTRIBUTING.md from nbs/index.ipynb and nbs/contributing.ipynb.
+
+Cells with `#| hide` are left out; of cells with `#| echo: false` only the output is shown.
+"""
 
 import posixpath
 import re

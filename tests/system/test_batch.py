@@ -318,13 +318,8 @@ def test_the_service_survives_a_killed_replica(service):
         replicas()[0].kill()
         meanwhile = Counter(job.result() for job in under_way)
         print(f"{before.total()} by one replica and then two; of 48 while one was killed {dict(meanwhile)}")
-<<<<<<< HEAD
-        # requests of the dead replica end with 500 or 503 from the proxy of Ray, or without an answer; at most `people`
-        # are under way at once
-=======
         # requests that the dead replica had end with 500 or 503 from Ray's proxy, or without an answer;
         # at most `people` are under way at once
->>>>>>> h-batch
         assert set(meanwhile) <= {200, 500, 503, "disconnected"} and 48 - meanwhile[200] <= people
         assert Counter(pool.map(ask, range(24))) == {200: 24}
 
