@@ -320,6 +320,7 @@ class _Meter:
         self.max_bytes = min(limits.size, max(_FREE_BYTES, limits.ratio * archive.stat().st_size))
 
     def add_bytes(self, count: int) -> None:
+        "Count bytes that were read. Raises FetchError beyond the limit."
         self.bytes += count
         if self.bytes > self.max_bytes:
             raise FetchError(
@@ -327,6 +328,7 @@ class _Meter:
             )
 
     def add_entry(self) -> None:
+        "Count an entry. Raises FetchError beyond the limit."
         self.entries += 1
         if self.entries > self.limits.entries:
             raise FetchError(f"{self.archive}: more than {self.limits.entries} entries")
@@ -339,6 +341,7 @@ class _MeteredReader(io.RawIOBase):
         self.stream, self.meter = stream, meter
 
     def read(self, size: int = -1) -> bytes:
+        "Read at most `size` bytes, and count them."
         piece = self.stream.read(size)
         self.meter.add_bytes(len(piece))
         return piece

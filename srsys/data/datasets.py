@@ -4,10 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "TRUSTED_SOURCES",
     "StageProgress",
     "Item",
-    "Result",
     "MAX_LISTED",
     "DataError",
     "DatasetArchive",
@@ -60,14 +58,12 @@ from srsys.data.leaks import (
 
 from ..files import TRAINING_SUFFIXES, atomic_write, download, exclusive, sha256, unpack
 from ..metrics.scores import pictures_digest
+from ..models.weights import TRUSTED_SOURCES
 
 
 # %% ../../nbs/data/02_datasets.ipynb #catalog
 class DataError(RuntimeError):
     "A data set that is missing, incomplete, or must not be trained on."
-
-
-TRUSTED_SOURCES = 2  # independent sources that must agree on a digest before it is trusted
 
 
 @dataclass(frozen=True)
@@ -176,15 +172,15 @@ def write_dataset_manifest(
 
 # %% ../../nbs/data/02_datasets.ipynb #describe
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 def _in_parallel(
-    function: Callable[[Item], Result],
+    function: Callable[[Item], _Result],
     items: Sequence[Item],
     stage: str,
     on_progress: StageProgress,
-) -> Iterator[Result]:
+) -> Iterator[_Result]:
     "`map` with as many threads as there are processors, with progress."
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:

@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "Step",
-    "Result",
     "TilesError",
     "split_pictures",
     "data_digest",
@@ -360,21 +358,21 @@ class ShardedTiles:
 
 
 # %% ../../nbs/data/03_patches.ipynb #feed
-Step = TypeVar("Step")
-Result = TypeVar("Result")
+_Step = TypeVar("_Step")
+_Result = TypeVar("_Result")
 
 
 def prefetch(
-    make: Callable[[Step], Result],  # called in other threads
-    steps: Iterable[Step],
+    make: Callable[[_Step], _Result],  # called in other threads
+    steps: Iterable[_Step],
     workers: int = 2,  # threads; 0: in the calling thread, when a result is asked for
     ahead: int = 4,  # how many results are prepared in advance
-) -> Iterator[Result]:
+) -> Iterator[_Result]:
     "`map(make, steps)`, computed a few steps ahead."
     if not workers:
         yield from map(make, steps)
         return
-    pool, pending = ThreadPoolExecutor(workers), deque[Future[Result]]()
+    pool, pending = ThreadPoolExecutor(workers), deque[Future[_Result]]()
     try:
         for step in steps:
             pending.append(pool.submit(make, step))

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "DAY",
     "RetrainError",
     "sample_pictures",
     "training_pictures",
@@ -42,7 +41,7 @@ from ..models import weights
 from ..monitor import drift
 from ..monitor.drift import DriftWindows
 from ..monitor.telemetry import firing_alerts
-from ..monitor.triggers import RetrainState
+from ..monitor.triggers import DAY, RetrainState
 from ..registry import tracking
 from ..registry.gating import paired_differences
 from ..registry.promotion import register_challenger
@@ -299,9 +298,6 @@ def _newest_gains(home: Path, champion: Resolved, degrade: str, most: int) -> tu
 
 
 # %% ../../nbs/jobs/03_retraining.ipynb #state
-DAY = 86_400  # seconds
-
-
 def read_state(
     home: Path,
     champion: Resolved,

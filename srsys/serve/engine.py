@@ -344,9 +344,9 @@ def _starting() -> RequestError:
 def read_in_worker(
     pool: worker_pool.WorkerPool,
     name: str,  # of the picture, for the message
-    task: Callable[..., worker_pool.Result],
+    task: Callable[..., worker_pool._Result],
     *args: object,
-) -> worker_pool.Result:
+) -> worker_pool._Result:
     "Run a task that reads a client's file in a worker. Raises as the task does, and ImageError if its workers crash."
     try:
         return pool.call(task, *args)

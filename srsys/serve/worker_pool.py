@@ -9,7 +9,6 @@ __all__ = [
     "STDERR",
     "WORKER_MEMORY",
     "WATCHDOG_GRACE",
-    "Result",
     "MAX_CRASHES",
     "MAX_DEATHS",
     "decode_to_raw",
@@ -187,7 +186,7 @@ worker_pool.serve_tasks(Connection(int(sys.argv[1])))
 
 # %% ../../nbs/serve/01_worker_pool.ipynb #worker-process
 WATCHDOG_GRACE = 30.0  # seconds after its time limit in which a worker must have ended itself
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class WorkerCrashed(RuntimeError):
@@ -213,7 +212,7 @@ class Worker:
                 stderr=DEVNULL,
             )
 
-    def call(self, seconds: float, task: Callable[..., Result], *args: object) -> Result:
+    def call(self, seconds: float, task: Callable[..., _Result], *args: object) -> _Result:
         "Return what the task returns, or raise what it raises. Raises WorkerCrashed if the process ends or hangs."
         try:
             self.connection.send((task, args, seconds))
@@ -252,7 +251,7 @@ class WorkerPool:
         for _ in range(size):
             self._idle.put(None)  # a place for a worker that is not started yet
 
-    def call(self, task: Callable[..., Result], *args: object) -> Result:
+    def call(self, task: Callable[..., _Result], *args: object) -> _Result:
         "Return what the task returns, or raise what it raises. Raises WorkerCrashed if it is given up."
         worker = self._idle.get()
         start = time.monotonic()

@@ -183,7 +183,8 @@ def test_decompression_bombs(target, route):
 STRANGE = {
     "picture.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file showpage\n",
     "picture.pdf": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\n%%EOF",
-    "picture.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><image href='http://127.0.0.1:1/x.png'/></svg>",
+    "picture.svg": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'>"
+    b"<image href='http://127.0.0.1:1/x.png'/></svg>",
     "picture.msl": b"<?xml version='1.0'?><image><read filename='/etc/passwd'/></image>",
     "picture.mvg": b"push graphic-context\nimage over 0,0 0,0 'http://127.0.0.1:1/'\n",
     "picture.ppm": b"P6\n1 1\n255\nabc",
