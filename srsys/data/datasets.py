@@ -409,7 +409,7 @@ def fetch_dataset(
             if unverified and not accept:
                 raise DataError(
                     f"{name}: fewer than two sources vouch for {' and '.join(unverified)}; "
-                    "to take what comes, say --accept"
+                    "--accept downloads them all the same"
                 )
             for unfinished in folder.glob(".srsys-*"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
