@@ -204,7 +204,7 @@ def test_a_runner_killed_before_every_step(driver):
         "fsync",
         "log_artifact",
         "log_artifact",
-        "leave_signals",
+        "write_job_metrics",
         "rename",
         "webhook",
         "set_terminated",
