@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from skimage import data
 
@@ -53,11 +54,9 @@ def album(tmp_path):
     return photos
 
 
-def begun(out):
-    "The first picture is done and the second has a temporary file."
-    manifest = out / "_srsys" / "manifest.jsonl"
-    first_done = manifest.exists() and manifest.read_text().count("\n") == 1
-    return first_done and any(out.rglob(".srsys-*.part"))
+def reads(process, path):
+    "Whether a process has a file open."
+    return str(path) in [file.path for file in psutil.Process(process.pid).open_files()]
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGINT])
@@ -66,7 +65,7 @@ def test_a_killed_restore_leaves_no_half_result_and_continues(album, tmp_path, w
     # jobs in a shell's background ignore SIGINT, and so does what they start; this process may be one
     heed_sigint = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = start(*command, "--tile", "64", preexec_fn=heed_sigint)
-    wait_until(lambda: begun(tmp_path / "out"), process)
+    wait_until(lambda: reads(process, album / "b large.png"), process)  # the small one is done
     process.send_signal(with_signal)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (-9 if with_signal == signal.SIGKILL else 1)
