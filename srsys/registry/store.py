@@ -323,17 +323,18 @@ def _is_signed(store: Store, version: Version) -> bool:
         return False
     decision = version.signature.rpartition(":")[0]
     expected = record_signature(signing_key(store), version, version.status, decision)
-    return hmac.compare_digest(expected.encode(), version.signature.encode())
+    return hmac.compare_digest(expected.encode(), version.signature.encode(errors="replace"))
 
 
 def record_problem(store: Store, version: Version) -> str:
     "Explain why the gate record of a version is not authentic; empty if it is."
+    problem = "its gate record is not signed by this installation's key"
     try:
-        if _is_shipped(version) or _is_signed(store, version):
+        if _is_signed(store, version):
             return ""
     except RegistryError as error:
-        return f"{version.label}: its gate record cannot be checked: {error}"
-    return f"{version.label}: its gate record is not signed by this installation's key"
+        problem = f"its gate record cannot be checked: {error}"
+    return "" if _is_shipped(version) else f"{version.label}: {problem}"
 
 
 def serving_problem(store: Store, version: Version) -> str:
@@ -613,7 +614,10 @@ def _resolve_bare(name: str, store: Store | None, scale: float | None) -> Resolv
             champions = list_champions(store)
         except RegistryError as error:
             problem = str(error)
-    name = choose_member(name, {*champions, *models.shipped_weights()}, scale)
+    known = {*models.shipped_weights()}
+    if store:
+        known |= {bare for bare, version in champions.items() if bare == name or not record_problem(store, version)}
+    name = choose_member(name, known, scale)
     if store and name in champions:
         return _resolve_version(store, champions[name], champion=True)
     if store:

@@ -129,6 +129,12 @@ _log = logging.getLogger("srsys.serve.model_table")
 MODEL_ERRORS = (registry.RegistryError, weights.WeightsError, restore.RestoreError)  # what can be wrong with a model
 
 
+def _is_known(store: registry.Store, version: registry.Version) -> bool:
+    "Whether a champion that cannot be used makes its name unavailable; otherwise somebody just entered it."
+    is_packaged = version.name.removeprefix("srsys-") in weights.shipped_weights()
+    return is_packaged or not registry.record_problem(store, version)
+
+
 def load_table(
     store: registry.Store | None,  # None: only the shipped models
     device: str = "auto",
@@ -152,11 +158,14 @@ def load_table(
         try:
             table.add(name, registry.resolve(name, store), device, precision)
         except MODEL_ERRORS as error:
-            if not (store and name in champions and _add_last_served(table, store, name, device, precision)):
+            if not (store and name in champions):
                 table.broken[name] = str(error)
                 continue
-            table.refused[champions[name].label] = str(error)
-            _log.error("%s is not taken into service: %s", champions[name].label, error)
+            version = champions[name]
+            table.refused[version.label] = str(error)
+            _log.error("%s is not taken into service: %s", version.label, error)
+            if not _add_last_served(table, store, name, device, precision) and _is_known(store, version):
+                table.broken[name] = str(error)
     if store:
         save_table(store, table)
     return table
@@ -254,7 +263,7 @@ def refresh_table(
             new.refused[label] = str(error)
             if in_use:
                 new.keep(name, table)
-            else:
+            elif name not in champions or _is_known(store, champions[name]):
                 new.broken[name] = str(error)
     if new.served == table.served:
         if (new.broken, new.refused, table.registry_error) == (table.broken, table.refused, ""):

@@ -153,7 +153,8 @@ def _print_addresses(
     lines = [f"The page:  http://{host}:{address[1]}", f"Metrics:   http://{host}:{metrics_port}/metrics"]
     if mlflow_address:
         lines.append(f"MLflow:    http://{_url_host(mlflow_address[0])}:{mlflow_address[1]} (in a few seconds)")
-    lines += [f"not served: {name}: {reason}" for name, reason in {**table.broken, **table.refused}.items()]
+    lines += [f"not served: {name}: {reason}" for name, reason in table.broken.items()]
+    lines += [f"not served: {reason}" for reason in table.refused.values() if reason not in table.broken.values()]
     print("\n".join(lines), "\nCtrl-C ends all of it.", flush=True)
 
 

@@ -343,6 +343,8 @@ def test_only_signed_records_count():
     assert forged(2, gate_signature="…") == unsigned
     client.set_registered_model_alias("srsys-leaf-x2", "champion", "2")
     refused(unsigned, resolve, "leaf-x2", store)
+    with mock.patch.object(models, "shipped_weights", lambda: {"leaf-x1": tiny("leaf-x1", scale=1)}):
+        assert resolve("leaf", store).label == "leaf-x1/shipped", "a family is of authentic models"
     assert forged(1, gate_status="passed") and forged(1, gate_status="bootstrap") == "", "also the status is signed"
 
     stranger = Store(store.home, signing_key="another key of thirty-two letters")

@@ -165,6 +165,12 @@ def test_following_the_registry():
         again = load_table(store, "cpu")
         assert again.refused == {written.label: reason} and not again.broken, "also after a restart"
         assert again.served["fast-x2"][1].label == "srsys-fast-x2/2", "the one before stays in service"
+        stranger = registry.register(store, brightening(0.01, "fast-x99"), status="")
+        with_stranger = refresh_table(forged, store, "cpu")
+        assert stranger.label in with_stranger.refused and "fast-x99" not in with_stranger.broken
+        assert with_stranger.choose("fast", None)[1].label == "srsys-fast-x2/2", "nobody becomes the largest by a name"
+        assert load_table(store, "cpu").choose("fast", None)[1].label == "srsys-fast-x2/2"
+        registry.set_alias(store, stranger.name, "champion", None)
         registry.set_alias(store, written.name, "champion", written.version - 1)
         assert refresh_table(fifth, store, "cpu") is fifth
         with mock.patch.object(registry, "list_champions", no_answer):

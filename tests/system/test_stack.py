@@ -235,7 +235,9 @@ def test_trained_registered_promoted_served_and_still_served_after_everything_wa
 ):
     stack.up()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address := stack.environment()["MLFLOW_TRACKING_URI"])
-    store = Store(home, address)
+    key = "the signing key of all machines that share this registry"
+    monkeypatch.setenv("SRSYS_SIGNING_KEY", key)
+    store = Store(home, address, key)
     version = register_challenger(store, train_small(store, tmp_path))
     assert version.aliases == ("challenger",)
     first = Decision(
