@@ -11,13 +11,13 @@ from srsys.cli.common import read_settings
 from srsys.evaluate.comparison import read_evidence
 from srsys.registry.gating import gate
 from srsys.registry.promotion import promote
-from srsys.registry.store import Store, list_versions
+from srsys.registry.store import list_versions
 
 
 def judge(model: str, report: Path) -> int:
     "Write the decision on the challenger of a model to `report`, and return the exit status."
     settings = read_settings()
-    store = Store(settings.home, settings.tracking_uri)
+    store = settings.store()
     if not any("challenger" in version.aliases for version in list_versions(store, f"srsys-{model}")):
         report.write_text(f"srsys-{model} has no challenger: nothing to judge.\n")
         return 0

@@ -41,7 +41,7 @@ from typer.core import TyperGroup
 # %% ../../nbs/cli/01_common.ipynb #type-imports
 if TYPE_CHECKING:  # they load PyTorch
     from srsys.batch.folder import FileResult
-    from srsys.registry.store import Resolved
+    from srsys.registry.store import Resolved, Store
 
 
 # %% ../../nbs/cli/01_common.ipynb #settings
@@ -77,6 +77,11 @@ class Settings(BaseSettings):
     device: str = "auto"
     precision: str = "auto"
     log: Literal["text", "json"] = "text"  # the server's log on stderr: plain lines, or one JSON object a line
+    # with which gate records are signed: text of at least 32 characters, or a file that holds it;
+    # if neither is given SRSYS_HOME/signing.key, which is created on first use
+    signing_key: SecretStr = SecretStr("")
+    signing_key_file: Path | None = None
+    mlflow_host: str = "127.0.0.1"  # on which MLflow's page listens: an address of this machine only
     scheduled: Path = Field(default_factory=lambda: default_scheduled(Path.cwd()))  # notebooks and timetable
     webhook: str | None = None  # URL that is told the result of each scheduled notebook
     debug: bool = False  # show the traceback of unexpected errors
@@ -87,6 +92,28 @@ class Settings(BaseSettings):
         if any(len(token) < 16 for token in tokens.get_secret_value().split()):
             raise ValueError("a token has at least 16 characters")
         return tokens
+
+    @field_validator("signing_key")
+    @classmethod
+    def _check_key_length(cls, key: SecretStr) -> SecretStr:
+        if 0 < len(key.get_secret_value().strip()) < 32:
+            raise ValueError("a signing key has at least 32 characters")
+        return key
+
+    @field_validator("signing_key_file", mode="before")
+    @classmethod
+    def _no_file_if_empty(cls, path: str | None) -> str | None:
+        return path or None
+
+    def key_or_file(self) -> str | Path | None:
+        "Return the signing key or the file that holds it, as `Store` takes it; None: the home folder's own"
+        return self.signing_key.get_secret_value().strip() or self.signing_key_file
+
+    def store(self) -> "Store":
+        "Return the registry"
+        from srsys.registry.store import Store
+
+        return Store(self.home, self.tracking_uri, self.key_or_file())
 
 
 # %% ../../nbs/cli/01_common.ipynb #group
@@ -161,9 +188,9 @@ def resolve_model(
     trust: str | None = None,  # the SHA-256 of a pickle that may be loaded
 ) -> "Resolved":
     "Load the model that a name stands for. Raises `RegistryError` if there is none."
-    from srsys.registry.store import Store, resolve
+    from srsys.registry.store import resolve
 
-    return resolve(name, Store(settings.home, settings.tracking_uri), scale=scale, trust=trust or False)
+    return resolve(name, settings.store(), scale=scale, trust=trust or False)
 
 
 # %% ../../nbs/cli/01_common.ipynb #watch

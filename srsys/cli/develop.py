@@ -324,9 +324,9 @@ def models_list(as_json: AsJson = False) -> None:
     "List the models that are registered, shipped, or in the catalog."
     settings = read_settings()
     from srsys.models import weights
-    from srsys.registry.store import Store, list_versions
+    from srsys.registry.store import SERVED_STATUSES, list_versions, record_problem
 
-    store = Store(settings.home, settings.tracking_uri)
+    store = settings.store()
     rows: list[dict[str, Any]] = [
         {
             "model": version.label,
@@ -336,10 +336,11 @@ def models_list(as_json: AsJson = False) -> None:
             "gain": version.gain,
             "withdrawn": version.withdrawn,
             "sha256": version.sha256,
+            "problem": record_problem(store, version) if version.status in SERVED_STATUSES else "",
         }
         for version in (list_versions(store) if store.exists else [])
     ]
-    not_registered = {"aliases": [], "status": "", "gain": "", "withdrawn": ""}
+    not_registered = {"aliases": [], "status": "", "gain": "", "withdrawn": "", "problem": ""}
     rows += [
         {"model": f"shipped:{name}", "from": "package", **not_registered, "sha256": weights.load(path).sha256}
         for name, path in sorted(weights.shipped_weights().items())
@@ -360,7 +361,11 @@ def models_list(as_json: AsJson = False) -> None:
     for row in rows:
         gate = row["status"] + (f", rolled back {row['withdrawn']}" if row["withdrawn"] else "")
         table.add_row(row["model"], row["from"], ", ".join(row["aliases"]), gate, row["gain"], row["sha256"][:12])
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    for row in rows:
+        if row["problem"]:
+            console.print(printable(row["problem"]))
 
 
 @models_app.callback()
@@ -588,11 +593,11 @@ Register = Annotated[
 def _register(settings: Settings, path: Path) -> str:
     "Register a safetensors file of another project; return the version's label"
     from srsys.models import weights
-    from srsys.registry.store import Store, register_shipped
+    from srsys.registry.store import register_shipped
 
     card = weights.load(path).card
     assert card, "converted checkpoints have a card"
-    return register_shipped(Store(settings.home, settings.tracking_uri), {card.name: path})[0].label
+    return register_shipped(settings.store(), {card.name: path})[0].label
 
 
 @models_app.command("import")

@@ -301,6 +301,7 @@ def _service_options(settings: Settings, device: str, precision: str, cores: int
         _access_policy(settings),
         settings.poll,
         cores,
+        settings.key_or_file(),
     )
 
 
@@ -326,6 +327,10 @@ def serve_command(
     port: Annotated[int, typer.Option(help="Port of the page and the API; 0: any free port.")] = 7860,
     metrics_port: Annotated[int, typer.Option(help="Port of the metrics; 0: any free port.")] = 9464,
     mlflow_port: Annotated[int | None, typer.Option(help="Also start MLflow's page on this port.")] = None,
+    mlflow_host: Annotated[
+        str | None,
+        typer.Option(help="Address of MLflow's page, of this machine only; SRSYS_MLFLOW_HOST or 127.0.0.1."),
+    ] = None,
     device: Device = None,
     precision: Precision = None,
     ray: Annotated[
@@ -343,6 +348,7 @@ def serve_command(
 ) -> None:
     "Serve the page, the API and the metrics until Ctrl-C."
     settings = read_settings()
+    os.environ.pop("SRSYS_SIGNING_KEY", None)  # the processes that are started below do not need it
     chosen_device, chosen_precision = device or settings.device, precision or settings.precision
     if ray:
         from srsys.serve.ray_replicas import serve_on_ray
@@ -373,6 +379,8 @@ def serve_command(
         mlflow_port,
         policy=_access_policy(settings),
         poll=settings.poll,
+        mlflow_host=mlflow_host or settings.mlflow_host,
+        signing_key=settings.key_or_file(),
     )
     raise typer.Exit(status)
 
@@ -490,9 +498,9 @@ def _check_weights(settings: Settings) -> str:
 
 
 def _check_registry(settings: Settings) -> str:
-    from srsys.registry.store import Store, list_champions
+    from srsys.registry.store import list_champions
 
-    store = Store(settings.home, settings.tracking_uri)
+    store = settings.store()
     if not store.exists:
         return "none yet: srsys serve creates it"
     return f"{store.address}: {', '.join(list_champions(store)) or 'no champions'}"

@@ -143,6 +143,10 @@ def promote_command(
     benchmarks: Annotated[
         Path | None, typer.Option(help="A folder of benchmarks, such as Set5, on which the model must not get worse.")
     ] = None,
+    sign: Annotated[
+        int | None,
+        typer.Option(metavar="VERSION", help="Only sign the gate record of this version as it stands."),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -151,11 +155,17 @@ def promote_command(
     from srsys.evaluate.comparison import read_evidence
     from srsys.registry import promotion
     from srsys.registry.gating import gate
-    from srsys.registry.store import Store, register_shipped
+    from srsys.registry.store import register_shipped
 
+    store = settings.store()
+    if sign is not None:
+        signed = promotion.sign_version(store, name, sign)
+        facts = {"signed": signed.label, "status": signed.status, "weights_sha256": signed.sha256}
+        line = f"{signed.label} is signed: {signed.status}, weights {signed.sha256[:12]}"
+        typer.echo(json.dumps(facts) if as_json else printable(line))
+        return
     if not data and not evidence:
         raise typer.BadParameter("give --data with pictures to judge on, or --evidence of an earlier trial")
-    store = Store(settings.home, settings.tracking_uri)
     register_shipped(store)
     if weights:
         name = promotion.register_challenger(store, weights).name
@@ -183,9 +193,8 @@ def rollback_command(
     "Undo the last promotion: the previous champion returns."
     settings = read_settings()
     from srsys.registry.promotion import rollback
-    from srsys.registry.store import Store
 
-    champion = rollback(Store(settings.home, settings.tracking_uri), name)
+    champion = rollback(settings.store(), name)
     if as_json:
         typer.echo(json.dumps({"champion": champion.label, "weights_sha256": champion.sha256}))
     else:

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = [
     "STATUSES",
+    "SERVED_STATUSES",
     "ALIASES",
+    "MIN_KEY_LENGTH",
     "RegistryError",
     "Store",
     "registry_lock",
@@ -13,6 +15,12 @@ __all__ = [
     "connect_client",
     "experiment_id",
     "Version",
+    "signing_key",
+    "record_signature",
+    "decision_digest",
+    "sign_record",
+    "record_problem",
+    "serving_problem",
     "list_versions",
     "list_champions",
     "card_markdown",
@@ -29,14 +37,17 @@ __all__ = [
 
 # %% ../../nbs/registry/02_store.ipynb #imports
 import functools
+import hmac
+import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +68,7 @@ class RegistryError(RuntimeError):
 
 
 STATUSES = ("passed", "refused", "bootstrap")  # of the gate; bootstrap: shipped or fetched, never judged by the gate
+SERVED_STATUSES = ("passed", "bootstrap")  # with which a champion is served
 ALIASES = ("champion", "challenger", "previous")
 _log = logging.getLogger("srsys.registry.store")
 _MLFLOW_SETTINGS = {
@@ -79,6 +91,8 @@ class Store:
 
     home: Path  # contains mlflow.db, artifacts/ and the locks
     uri: str | None = None  # address of a shared MLflow server or database; None: SQLite in the home folder
+    # with which gate records are signed: the key, or a file that holds it; None: the home folder's own, signing.key
+    signing_key: str | Path | None = field(default=None, repr=False)
 
     @property
     def address(self) -> str:
@@ -164,6 +178,7 @@ class Version:
     description: str = ""  # the card, in Markdown
     gain: str = ""  # tag gate.gain: dB over the champion of that time, "+0.123"
     withdrawn: str = ""  # tag gate.withdrawn: when it was rolled back
+    signature: str = field(default="", repr=False)  # tag gate.signature, as `record_signature` returns it
 
     @property
     def label(self) -> str:
@@ -185,7 +200,159 @@ def _version(
         record.description or "",
         tags.get("gate.gain", ""),
         tags.get("gate.withdrawn", ""),
+        tags.get("gate.signature", ""),
     )
+
+
+def _read_versions(store: Store, name: str | None = None) -> list[Version]:
+    with registry_errors(store) as client:
+        found = []
+        for model in client.search_registered_models(f"name = '{name}'" if name else "name LIKE 'srsys-%'"):
+            records = client.search_model_versions(f"name = '{model.name}'")
+            found += [_version(record, model.aliases) for record in records]
+    return sorted(found, key=lambda v: (v.name, v.version))
+
+
+# %% ../../nbs/registry/02_store.ipynb #signing-key
+MIN_KEY_LENGTH = 32  # characters of a signing key
+
+
+def _checked_key(text: str, where: str) -> bytes:
+    key = text.strip()
+    if len(key) < MIN_KEY_LENGTH:
+        raise RegistryError(f"the signing key {where} has {len(key)} characters; at least {MIN_KEY_LENGTH} are needed")
+    return key.encode()
+
+
+def signing_key(store: Store) -> bytes:
+    """Return the key with which gate records are signed; the home folder's own is created on first use.
+
+    Raises RegistryError if it cannot be read or created, or is too short.
+    """
+    if isinstance(store.signing_key, str):
+        return _checked_key(store.signing_key, "in the settings")
+    path = store.signing_key or Path(store.home) / "signing.key"
+    try:
+        if store.signing_key is None and not path.exists():
+            _create_signing_key(store, path)
+        return _checked_key(path.read_text(), f"in {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RegistryError(f"the signing key {path} cannot be read: {error}") from error
+
+
+def _create_signing_key(store: Store, path: Path) -> None:
+    "Create the home folder's key. In a registry that is older than the key, the present champions are signed with it."
+    with registry_lock(store, "signing"):
+        if path.exists():
+            return
+        draft = path.with_name(f"{path.name}.new")  # becomes the key when the champions are signed; kept if interrupted
+        interrupted = draft.exists()
+        if not interrupted:
+            with fetch.atomic_write(draft) as partial:
+                partial.touch(mode=0o600)
+                partial.write_text(secrets.token_hex(32))
+        if store.uri is None and store.exists:
+            versions = _read_versions(store)
+            if interrupted or not any(version.signature for version in versions):  # else another key was lost
+                _sign_champions(store, draft.read_text().encode(), versions)
+        os.replace(draft, path)
+
+
+def _sign_champions(store: Store, key: bytes, versions: list[Version]) -> None:
+    signed = []
+    for version in versions:
+        in_use = {"champion", "previous"}.intersection(version.aliases)
+        if in_use and version.status in SERVED_STATUSES and not version.signature:
+            decision = decision_digest(store, version)
+            _write_signature(store, version, record_signature(key, version, version.status, decision))
+            signed.append(version.label)
+    if signed:
+        _log.warning(
+            "this registry is older than its signing key; its champions and previous versions are trusted, "
+            "and were signed: %s",
+            ", ".join(signed),
+        )
+
+
+# %% ../../nbs/registry/02_store.ipynb #signatures
+def record_signature(
+    key: bytes,
+    version: Version,  # its name, number and digest are signed
+    status: str,  # of the gate
+    decision: str = "",  # SHA-256 of the decision document; empty: there is none
+) -> str:
+    "Return the tag gate.signature: the digest of the decision document, a colon, and the HMAC-SHA256 of the record."
+    record = {
+        "kind": "srsys gate record",
+        "model": version.name,
+        "version": version.version,
+        "weights_sha256": version.sha256,
+        "gate_status": status,
+        "decision_sha256": decision,
+    }
+    return f"{decision}:{hmac.new(key, json.dumps(record, sort_keys=True).encode(), 'sha256').hexdigest()}"
+
+
+def decision_digest(store: Store, version: Version) -> str:
+    "Return the SHA-256 of the decision document that is stored with a version; empty if there is none."
+    with registry_errors(store) as client, tempfile.TemporaryDirectory() as folder:
+        run = client.get_model_version(version.name, str(version.version)).run_id
+        if not run or all(file.path != "gate/decision.json" for file in client.list_artifacts(run, "gate")):
+            return ""
+        return fetch.sha256(client.download_artifacts(run, "gate/decision.json", folder))
+
+
+def _write_signature(store: Store, version: Version, signature: str) -> None:
+    with registry_errors(store) as client:
+        client.set_model_version_tag(version.name, str(version.version), "gate.signature", signature)
+
+
+def sign_record(store: Store, version: Version) -> None:
+    "Sign the gate record of a version as it stands in the registry. Raises RegistryError."
+    signature = record_signature(signing_key(store), version, version.status, decision_digest(store, version))
+    _write_signature(store, version, signature)
+
+
+def _is_shipped(version: Version) -> bool:
+    path = models.shipped_weights().get(version.name.removeprefix("srsys-"))
+    return version.status == "bootstrap" and path is not None and fetch.sha256(path) == version.sha256
+
+
+def _is_signed(store: Store, version: Version) -> bool:
+    if not version.signature:
+        return False
+    decision = version.signature.rpartition(":")[0]
+    expected = record_signature(signing_key(store), version, version.status, decision)
+    return hmac.compare_digest(expected.encode(), version.signature.encode(errors="replace"))
+
+
+def record_problem(store: Store, version: Version) -> str:
+    "Explain why the gate record of a version is not authentic; empty if it is."
+    problem = "its gate record is not signed by this installation's key"
+    try:
+        if _is_signed(store, version):
+            return ""
+    except RegistryError as error:
+        problem = f"its gate record cannot be checked: {error}"
+    return "" if _is_shipped(version) else f"{version.label}: {problem}"
+
+
+def serving_problem(store: Store, version: Version) -> str:
+    "Explain why a version may not be served as champion, without reading its weights; empty if it may."
+    if version.status not in SERVED_STATUSES:
+        return f"the gate status of {version.label} is {version.status or 'missing'!r}"
+    return record_problem(store, version)
+
+
+def _sign_registered(store: Store, version: Version) -> None:
+    "Sign the record of weights that this machine registers. Shipped weights may stay unsigned where there is no key."
+    try:
+        if not _is_signed(store, version):
+            sign_record(store, version)
+    except RegistryError as error:
+        if not _is_shipped(version):
+            raise
+        _log.warning("%s is not signed: %s", version.label, error)
 
 
 # %% ../../nbs/registry/02_store.ipynb #list-versions
@@ -194,12 +361,10 @@ def list_versions(
     name: str | None = None,  # with the prefix; None: of every model
 ) -> list[Version]:  # by name, then number
     "List the registered versions. Raises RegistryError if the registry cannot be read."
-    with registry_errors(store) as client:
-        found = []
-        for model in client.search_registered_models(f"name = '{name}'" if name else "name LIKE 'srsys-%'"):
-            records = client.search_model_versions(f"name = '{model.name}'")
-            found += [_version(record, model.aliases) for record in records]
-    return sorted(found, key=lambda v: (v.name, v.version))
+    if store.signing_key is None and store.uri is None and store.exists:
+        with suppress(RegistryError):  # the registry may be older than its key, and then its champions are signed first
+            signing_key(store)
+    return _read_versions(store, name)
 
 
 def list_champions(
@@ -313,12 +478,15 @@ def register(
         connect_client(store)
         with registry_lock(store), registry_errors(store) as client:
             name = f"srsys-{model.card.name}"
-            number = next((v.version for v in list_versions(store, name) if v.sha256 == model.sha256), None)
-            if number is None:
+            version = next((v for v in list_versions(store, name) if v.sha256 == model.sha256), None)
+            if version is None:
                 number = _create_version(store, client, model, model.card, copy, status)
+                version = next(v for v in list_versions(store, name) if v.version == number)
+            if status and version.status == status:
+                _sign_registered(store, version)
             if alias:
-                client.set_registered_model_alias(name, alias, str(number))
-    return next(v for v in list_versions(store, name) if v.version == number)
+                client.set_registered_model_alias(name, alias, str(version.version))
+    return next(v for v in list_versions(store, name) if v.version == version.version)
 
 
 def set_alias(
@@ -357,6 +525,8 @@ def register_shipped(
                 set_alias(store, champion.name, "previous", champion.version)
             if same is None or becomes_champion:
                 same = register(store, path, alias="champion" if becomes_champion else None)
+            elif same.status == "bootstrap" and not same.signature:
+                _sign_registered(store, same)
             registered.append(same)
     return registered
 
@@ -444,7 +614,10 @@ def _resolve_bare(name: str, store: Store | None, scale: float | None) -> Resolv
             champions = list_champions(store)
         except RegistryError as error:
             problem = str(error)
-    name = choose_member(name, {*champions, *models.shipped_weights()}, scale)
+    known = {*models.shipped_weights()}
+    if store:
+        known |= {bare for bare, version in champions.items() if bare == name or not record_problem(store, version)}
+    name = choose_member(name, known, scale)
     if store and name in champions:
         return _resolve_version(store, champions[name], champion=True)
     if store:
@@ -453,10 +626,12 @@ def _resolve_bare(name: str, store: Store | None, scale: float | None) -> Resolv
 
 
 def _resolve_version(store: Store, version: Version, champion: bool = False) -> Resolved:
-    if champion and version.status not in ("passed", "bootstrap"):
+    if champion and version.status not in SERVED_STATUSES:
         raise RegistryError(
             f"{version.label} is champion but its gate status is {version.status or 'missing'!r}: not served"
         )
+    if version.status in SERVED_STATUSES and (problem := record_problem(store, version)):
+        raise RegistryError(problem)
     return Resolved(load_version(store, version), version.label, version)
 
 

@@ -409,7 +409,7 @@ async def _answer_restore(engine: Engine, request: Request) -> tuple[Response, s
 
 # %% ../../nbs/serve/08_api.ipynb #describe-models
 def describe_models(table: ModelTable | None) -> dict[str, Any]:
-    "Return the body of /v1/models: every model in use, and every unavailable one with the reason."
+    "Return the body of /v1/models: every model in use, and every unavailable or refused one with the reason."
     models = []
     if table:
         for name, (restorer, resolved) in table.served.items():
@@ -429,7 +429,12 @@ def describe_models(table: ModelTable | None) -> dict[str, Any]:
                     "scores": store.flat_scores(card.scores) if card else {},
                 }
             )
-    return {"default": "photo", "models": models, "unavailable": table.broken if table else {}}
+    return {
+        "default": "photo",
+        "models": models,
+        "unavailable": table.broken if table else {},
+        "refused": table.refused if table else {},
+    }
 
 
 def describe_version(table: ModelTable | None) -> dict[str, Any]:

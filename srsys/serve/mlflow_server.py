@@ -7,6 +7,7 @@ __all__ = ["mlflow_command", "start_child_process"]
 
 # %% ../../nbs/serve/12_mlflow_server.ipynb #imports
 import importlib.util
+import ipaddress
 import os
 import subprocess
 import sys
@@ -21,11 +22,29 @@ _MLFLOW_ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "PYTHONWARNINGS": "ignore",
 }
+_SECRETS = ("SRSYS_TOKENS", "SRSYS_SIGNING_KEY", "SRSYS_SIGNING_KEY_FILE")  # not passed on
 
 
-def mlflow_command(store: registry.Store, host: str, port: int) -> list[str]:
-    "Return the command that serves MLflow's UI and API on the registry's database."
-    allowed_hosts = sorted({f"{name}:{port}" for name in (host, "127.0.0.1", "localhost")})
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def mlflow_command(
+    store: registry.Store,
+    host: str,  # an address of this machine only
+    port: int,
+) -> list[str]:
+    "Return the command that serves MLflow's UI and API on the registry's database. Raises ValueError for other hosts."
+    if not _is_loopback(host):
+        raise ValueError(
+            f"MLflow asks for no password, so its page cannot listen on {host}, only on an address of this machine "
+            "such as 127.0.0.1; to reach it from elsewhere, put it behind a reverse proxy with authentication"
+        )
+    names = {f"[{host}]" if ":" in host else host, "127.0.0.1", "localhost"}
+    allowed_hosts = sorted(f"{name}:{port}" for name in names)
     options = {
         "--host": host,
         "--port": str(port),
@@ -51,5 +70,5 @@ def start_child_process(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env=os.environ | _MLFLOW_ENVIRONMENT,
+            env={k: v for k, v in os.environ.items() if k not in _SECRETS} | _MLFLOW_ENVIRONMENT,
         )

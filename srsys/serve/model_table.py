@@ -125,7 +125,14 @@ class ModelTable:
 
 
 # %% ../../nbs/serve/03_model_table.ipynb #load-table
+_log = logging.getLogger("srsys.serve.model_table")
 MODEL_ERRORS = (registry.RegistryError, weights.WeightsError, restore.RestoreError)  # what can be wrong with a model
+
+
+def _is_known(store: registry.Store, version: registry.Version) -> bool:
+    "Whether a champion that cannot be used makes its name unavailable; otherwise somebody just entered it."
+    is_packaged = version.name.removeprefix("srsys-") in weights.shipped_weights()
+    return is_packaged or not registry.record_problem(store, version)
 
 
 def load_table(
@@ -133,32 +140,40 @@ def load_table(
     device: str = "auto",
     precision: str = "auto",
 ) -> ModelTable:
-    """Register the shipped models, and load every champion.
+    """Register the shipped models, and load every champion, or if it cannot be used the one that was served before.
 
     If the registry cannot be reached, the champions of the last run are loaded from their copies; raises RegistryError
     if there are none.
     """
-    names, table = set(weights.shipped_weights()), ModelTable()
+    table, champions = ModelTable(), {}
     if store:
         try:
             registry.register_shipped(store)
-            names |= set(registry.list_champions(store))
+            champions = registry.list_champions(store)
         except registry.RegistryError as error:
-            if not (store.home / "serving" / "champions.json").exists():
+            if not _saved_list(store).exists():
                 raise
-            return _load_saved_table(store.home, device, precision, str(error))
-    for name in sorted(names):
+            return _load_saved_table(store, device, precision, str(error))
+    for name in sorted({*weights.shipped_weights(), *champions}):
         try:
             table.add(name, registry.resolve(name, store), device, precision)
         except MODEL_ERRORS as error:
-            table.broken[name] = str(error)
+            if not (store and name in champions):
+                table.broken[name] = str(error)
+                continue
+            version = champions[name]
+            table.refused[version.label] = str(error)
+            _log.error("%s is not taken into service: %s", version.label, error)
+            if not _add_last_served(table, store, name, device, precision) and _is_known(store, version):
+                table.broken[name] = str(error)
     if store:
         save_table(store, table)
     return table
 
 
 # %% ../../nbs/serve/03_model_table.ipynb #keep
-_log = logging.getLogger("srsys.serve.model_table")
+def _saved_list(store: registry.Store) -> Path:
+    return store.home / "serving" / "champions.json"
 
 
 def save_table(store: registry.Store, table: ModelTable) -> None:
@@ -176,27 +191,46 @@ def save_table(store: registry.Store, table: ModelTable) -> None:
             saved[name] = asdict(resolved.version)
         except (OSError, registry.RegistryError) as error:
             _log.warning("%s cannot be saved for a start without the registry: %s", resolved.label, error)
-    with files.atomic_write(folder / "champions.json") as temporary:
+    with files.atomic_write(_saved_list(store)) as temporary:
         temporary.write_text(json.dumps(saved, indent=1))
     needed = {folder / f"{entry['sha256']}.safetensors" for entry in saved.values()}
     for unused in {*folder.glob("*.safetensors")} - needed:
         unused.unlink(missing_ok=True)
 
 
-def _load_saved_table(home: Path, device: str, precision: str, registry_error: str) -> ModelTable:
+def _saved_versions(store: registry.Store) -> dict[str, registry.Version]:
+    saved = json.loads(_saved_list(store).read_text())
+    return {name: registry.Version(**entry | {"aliases": tuple(entry["aliases"])}) for name, entry in saved.items()}
+
+
+def _add_saved(
+    table: ModelTable, store: registry.Store, name: str, version: registry.Version, device: str, precision: str
+) -> None:
+    "Add a model from its copy in the home folder. Raises RegistryError if record or copy is not authentic."
+    if problem := registry.serving_problem(store, version):
+        raise registry.RegistryError(problem)
+    path = store.home / "serving" / f"{version.sha256}.safetensors"
+    model = weights.load(path)
+    if model.sha256 != version.sha256:
+        raise registry.RegistryError(f"{path}: expected digest {version.sha256[:12]}, found {model.sha256[:12]}")
+    table.add(name, registry.Resolved(model, version.label, version), device, precision)
+
+
+def _add_last_served(table: ModelTable, store: registry.Store, name: str, device: str, precision: str) -> bool:
+    "Add the model of this name that was served last; False if there is none that can be used."
+    try:
+        _add_saved(table, store, name, _saved_versions(store)[name], device, precision)
+    except (OSError, KeyError, *MODEL_ERRORS):
+        return False
+    return True
+
+
+def _load_saved_table(store: registry.Store, device: str, precision: str, registry_error: str) -> ModelTable:
     "Load the models that `save_table` wrote."
     table = ModelTable(registry_error=registry_error)
-    saved = json.loads((home / "serving" / "champions.json").read_text())
-    for name, entry in sorted(saved.items()):
-        version = registry.Version(**entry | {"aliases": tuple(entry["aliases"])})
-        path = home / "serving" / f"{version.sha256}.safetensors"
+    for name, version in sorted(_saved_versions(store).items()):
         try:
-            model = weights.load(path)
-            if model.sha256 != version.sha256:
-                raise registry.RegistryError(
-                    f"{path}: expected digest {version.sha256[:12]}, found {model.sha256[:12]}"
-                )
-            table.add(name, registry.Resolved(model, version.label, version), device, precision)
+            _add_saved(table, store, name, version, device, precision)
         except MODEL_ERRORS as error:
             table.broken[name] = str(error)
     _log.warning("%s; serving the champions of the last run: %s", registry_error, ", ".join(table.served) or "none")
@@ -229,7 +263,7 @@ def refresh_table(
             new.refused[label] = str(error)
             if in_use:
                 new.keep(name, table)
-            else:
+            elif name not in champions or _is_known(store, champions[name]):
                 new.broken[name] = str(error)
     if new.served == table.served:
         if (new.broken, new.refused, table.registry_error) == (table.broken, table.refused, ""):

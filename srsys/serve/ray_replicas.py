@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class ServiceOptions:
     policy: AccessPolicy = AccessPolicy()
     poll: float = 30.0  # seconds between two looks for new champions
     cores: int = 2
+    signing_key: str | Path | None = field(default=None, repr=False)  # as of `Store`; a file is read by each replica
 
 
 class Replica:
@@ -45,7 +46,7 @@ class Replica:
 
     def __init__(self, service: ServiceOptions) -> None:
         torch.set_num_threads(service.cores)
-        store = Store(service.home, service.uri)
+        store = Store(service.home, service.uri, service.signing_key)
         device, precision = service.device, service.precision
         self.service = service
         self.engine = Engine(lambda: load_table(store, device, precision))

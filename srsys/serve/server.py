@@ -58,21 +58,25 @@ def run_service(
     stop: threading.Event | None = None,  # ends the server when set, as Ctrl-C does
     policy: AccessPolicy = AccessPolicy(),  # noqa: B008  (frozen)
     poll: float = 30.0,  # seconds between two looks for new champions
+    mlflow_host: str = "127.0.0.1",  # an address of this machine only
+    signing_key: str | Path | None = None,  # as of `Store`
 ) -> int:  # exit status
     """Serve page, API and metrics until Ctrl-C, and print their addresses.
 
-    Returns 1, after one line on stderr, if a port is taken or the registry is unreachable and always was.
+    Returns 1, after one line on stderr, if a port is taken, if MLflow shall listen beyond this machine, or if the
+    registry is unreachable and always was.
     """
     home, stop = Path(home), stop or threading.Event()
-    store, metrics = registry.Store(home, uri), Metrics()
+    store, metrics, mlflow = registry.Store(home, uri, signing_key), Metrics(), None
     keepers: list[subprocess.Popen] = []  # of the processes beside this one
     failures: list[Exception] = []  # to load the models
     try:
         listener = bind_port(host, port, "--port")
         if mlflow_port:
-            bind_port(host, mlflow_port, "--mlflow-port").close()
+            mlflow = mlflow_command(store, mlflow_host, mlflow_port)
+            bind_port(mlflow_host, mlflow_port, "--mlflow-port").close()
         metrics_server = _serve_metrics(metrics, home, host, metrics_port)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"srsys: {error}", file=sys.stderr)
         return 1
 
@@ -87,9 +91,10 @@ def run_service(
     def on_warm(table: ModelTable) -> None:
         if stop.is_set():
             return
-        _print_addresses(table, listener.getsockname(), metrics_server.server_port, mlflow_port)
-        if mlflow_port:
-            keepers.append(start_child_process(mlflow_command(store, host, mlflow_port), home / "mlflow.log"))
+        mlflow_address = (mlflow_host, mlflow_port) if mlflow_port else None
+        _print_addresses(table, listener.getsockname(), metrics_server.server_port, mlflow_address)
+        if mlflow:
+            keepers.append(start_child_process(mlflow, home / "mlflow.log"))
 
     def look_for_models(table: ModelTable) -> ModelTable:
         return refresh_table(table, store, device, precision)
@@ -136,13 +141,20 @@ def _watching_registry(
         watcher.end()
 
 
-def _print_addresses(table: ModelTable, address: tuple, metrics_port: int, mlflow_port: int | None) -> None:
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _print_addresses(
+    table: ModelTable, address: tuple, metrics_port: int, mlflow_address: tuple[str, int] | None
+) -> None:
     "Print where everything is, and which models are not served."
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    host = _url_host(address[0])
     lines = [f"The page:  http://{host}:{address[1]}", f"Metrics:   http://{host}:{metrics_port}/metrics"]
-    if mlflow_port:
-        lines.append(f"MLflow:    http://{host}:{mlflow_port} (in a few seconds)")
+    if mlflow_address:
+        lines.append(f"MLflow:    http://{_url_host(mlflow_address[0])}:{mlflow_address[1]} (in a few seconds)")
     lines += [f"not served: {name}: {reason}" for name, reason in table.broken.items()]
+    lines += [f"not served: {reason}" for reason in table.refused.values() if reason not in table.broken.values()]
     print("\n".join(lines), "\nCtrl-C ends all of it.", flush=True)
 
 

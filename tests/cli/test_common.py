@@ -31,6 +31,22 @@ def test_settings():
         print(Settings())
     with mock.patch.dict(os.environ, {"SRSYS_TOKENS": "one-of-16-letters another-of-16-letters"}, clear=True):
         assert "letters" not in repr(Settings()), "a token is not shown"
+    key = "a signing key of thirty-two letters"
+    for environment, expected in (
+        ({"SRSYS_SIGNING_KEY": key, "SRSYS_SIGNING_KEY_FILE": "/run/secrets/signing_key"}, key),
+        (
+            {"SRSYS_SIGNING_KEY": "", "SRSYS_SIGNING_KEY_FILE": "/run/secrets/signing_key"},
+            Path("/run/secrets/signing_key"),
+        ),
+        ({"SRSYS_SIGNING_KEY_FILE": ""}, None),
+    ):
+        with mock.patch.dict(os.environ, environment, clear=True):
+            assert Settings().store().signing_key == expected and key not in repr(Settings()) + repr(Settings().store())
+    with (
+        mock.patch.dict(os.environ, {"SRSYS_SIGNING_KEY": "short"}, clear=True),
+        pytest.raises(ValidationError, match="at least 32 characters"),
+    ):
+        Settings()
     with (
         mock.patch.dict(os.environ, {"SRSYS_TOKENS": "one-of-16-letters short"}, clear=True),
         pytest.raises(ValidationError, match="at least 16 characters"),

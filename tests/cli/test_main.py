@@ -177,6 +177,7 @@ def test_serve():
         assert srsys("serve", "--port", 0, "--mlflow-port", 5001)[0] == 0
     assert run_service.call_args.args[1:] == ("127.0.0.1", 0, 9464, None, "auto", "auto", 5001)
     assert run_service.call_args.kwargs["policy"].tokens == ()
+    assert run_service.call_args.kwargs["mlflow_host"] == "127.0.0.1"
     with mock.patch("srsys.serve.ray_replicas.serve_on_ray") as serve_on_ray:
         assert srsys("serve", "--ray", "local", "--replicas", 3)[0] == 0
     assert serve_on_ray.call_args.args[1:] == (None, "127.0.0.1", 7860, 3)

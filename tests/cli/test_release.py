@@ -75,7 +75,8 @@ def make_home():
         for i, patch in enumerate(patches):
             save_picture(Picture(patch), template / f"pictures/{i:02}.png")
     copy = Path(tempfile.mkdtemp(dir=lesson_home.name))
-    shutil.copy(template / "mlflow.db", copy)
+    for file in ("mlflow.db", "signing.key"):
+        shutil.copy(template / file, copy)
     return copy
 
 
@@ -161,6 +162,18 @@ def test_promote():
     status, output, errors = srsys(home, "promote", "fern-x2", "--data", pictures)
     print(errors, output.splitlines()[0], sep="")
     assert "judged without the champion" in errors and "over bicubic" in output
+
+    # cli/03_release.ipynb #promote-lesson-sign
+    home = make_home()
+    client = store.connect_client(store.Store(home))
+    client.delete_model_version_tag("srsys-fern-x2", "1", "gate.signature")
+    (problem,) = (store.record_problem(store.Store(home), v) for v in store.list_versions(store.Store(home)))
+    assert problem == "srsys-fern-x2/1: its gate record is not signed by this installation's key"
+    status, output, errors = srsys(home, "promote", "fern-x2", "--sign", 1)
+    assert status == 0 and output.startswith("srsys-fern-x2/1 is signed: bootstrap, weights") and not errors
+    assert store.resolve("fern-x2", store.Store(home)).label == "srsys-fern-x2/1"
+    assert json.loads(srsys(home, "promote", "fern-x2", "--sign", 1, "--json")[1])["signed"] == "srsys-fern-x2/1"
+    assert "srsys-fern-x2/7 is not registered" in srsys(home, "promote", "fern-x2", "--sign", 7)[2]
 
 
 def test_rollback():

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from srsys.files import sha256
 from srsys.models import weights
 from srsys.models.networks import CompactNet
 from srsys.registry.gating import Decision, Gain, GateReason
@@ -38,7 +39,8 @@ def fresh_store():
         for seed in (2, 3):
             register_challenger(Store(template), tiny(seed))
     home = Path(tempfile.mkdtemp(dir=lesson_home.name))
-    shutil.copy(template / "mlflow.db", home)
+    for name in ("mlflow.db", "signing.key"):
+        shutil.copy(template / name, home)
     return Store(home)
 
 
@@ -111,6 +113,10 @@ def test_promoting():
     assert aliases(store) == "champion 3, previous 1"
 
     client = connect_client(store)
+    document = Path(
+        client.download_artifacts(client.get_model_version(promoted.name, "3").run_id, "gate/decision.json")
+    )
+    assert promoted.signature.startswith(f"{sha256(document)}:"), "the signature covers the decision"
     record = client.get_model_version(promoted.name, "3")
     assert {f.path for f in client.list_artifacts(record.run_id, "gate")} == {
         "gate/decision.md",
@@ -189,6 +195,23 @@ def test_rolling_back():
     assert not champion.withdrawn
 
 
+def test_signing_by_hand():
+    from srsys.registry.promotion import sign_version
+
+    # registry/03_promotion.ipynb #lesson-sign
+    store = fresh_store()
+    client = connect_client(store)
+    client.set_model_version_tag("srsys-fern-x2", "2", "gate.status", "passed")  # by hand, in MLflow's pages
+    client.set_registered_model_alias("srsys-fern-x2", "champion", "2")
+    refused("srsys-fern-x2/2: its gate record is not signed by this installation's key", resolve, "fern-x2", store)
+    refused("the gate status of srsys-fern-x2/3 is 'missing'", sign_version, store, "fern-x2", 3)
+    refused("srsys-fern-x2/9 is not registered", sign_version, store, "fern-x2", 9)
+    with replaced_artifact(next(v.sha256 for v in list_versions(store) if v.version == 2)):
+        refused("the digest it was registered with is", sign_version, store, "fern-x2", 2)
+    assert sign_version(store, "fern-x2", 2).aliases == ("champion",)
+    assert resolve("fern-x2", store).label == "srsys-fern-x2/2"
+
+
 def test_a_registry_that_fails_half_way():
     from srsys.registry.promotion import promote, rollback
 
@@ -234,7 +257,7 @@ def test_a_registry_that_fails_half_way():
         assert resolve("fern-x2", store).version.version == (3 if COMMIT in tried[:-1] else 1)
         assert promote(store, "fern-x2", accepted, [report_file]).aliases == ("champion",)
         assert aliases(store) == "champion 3, previous 1"
-    assert allowed == 9 == len(tried)
+    assert allowed == 10 == len(tried)
     print("\n".join(lines))
 
     # registry/03_promotion.ipynb #lesson-outage-rollback

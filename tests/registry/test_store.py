@@ -315,3 +315,74 @@ def test_the_resolver():
         assert resolve("catalog:moss-x2", store).label == "catalog:moss.pth"
         (store.home / "weights" / "moss.pth.accepted").write_text("0" * 64)
         refused("expected digest 000000000000", resolve, "catalog:moss", store)
+
+
+def test_only_signed_records_count():
+    from srsys.registry.store import list_versions, record_problem, register, resolve, sign_record
+
+    # registry/02_store.ipynb #lesson-signed
+    store = fresh_store()
+    first = register(store, tiny("leaf-x2"))
+    key_file = store.home / "signing.key"
+    assert re.fullmatch("[0-9a-f]{64}", key_file.read_text()) and key_file.stat().st_mode & 0o777 == 0o600
+    assert record_problem(store, first) == "" and first.signature.startswith(":"), "there is no decision document"
+    assert key_file.read_text() not in repr(store) + repr(Store(store.home, signing_key=key_file.read_text()))
+    client = connect_client(store)
+
+    def forged(number, **tags):
+        "Write tags as a browser could, and return what then is wrong with the version."
+        for key, value in tags.items():
+            client.set_model_version_tag("srsys-leaf-x2", str(number), key.replace("_", "."), value)
+        return record_problem(store, next(v for v in list_versions(store) if v.version == number))
+
+    second = register(store, tiny("leaf-x2", seed=1), alias=None, status="")
+    unsigned = "srsys-leaf-x2/2: its gate record is not signed by this installation's key"
+    assert forged(2, gate_status="passed") == unsigned
+    assert forged(2, gate_signature=first.signature) == unsigned, "the signature of another version"
+    assert forged(2, weights_sha256=first.sha256) == unsigned, "with its digest"
+    assert forged(2, gate_signature="…") == unsigned
+    client.set_registered_model_alias("srsys-leaf-x2", "champion", "2")
+    refused(unsigned, resolve, "leaf-x2", store)
+    with mock.patch.object(models, "shipped_weights", lambda: {"leaf-x1": tiny("leaf-x1", scale=1)}):
+        assert resolve("leaf", store).label == "leaf-x1/shipped", "a family is of authentic models"
+    assert forged(1, gate_status="passed") and forged(1, gate_status="bootstrap") == "", "also the status is signed"
+
+    stranger = Store(store.home, signing_key="another key of thirty-two letters")
+    assert (
+        record_problem(stranger, first) == "srsys-leaf-x2/1: its gate record is not signed by this installation's key"
+    )
+    sign_record(stranger, first)
+    assert record_problem(stranger, list_versions(stranger)[0]) == ""
+    for key, message in {"too short": "has 9 characters", store.home / "no.key": "no.key cannot be read"}.items():
+        assert message in record_problem(Store(store.home, signing_key=key), first)
+    with mock.patch.object(models, "shipped_weights", lambda: {"leaf-x2": tiny("leaf-x2")}):
+        assert record_problem(stranger, replace(first, signature="")) == "", (
+            "the package's own weights need no signature"
+        )
+        assert record_problem(stranger, replace(first, name="srsys-moss-x2")), "but only under their own name"
+
+    # registry/02_store.ipynb #lesson-older
+    old = fresh_store()
+    register(old, tiny("leaf-x2"))
+    register(old, tiny("leaf-x2", seed=1), alias=None)
+
+    def make_old():
+        "Remove the key and every signature, as if the registry had been made before there were any."
+        (old.home / "signing.key").unlink()
+        for version in (1, 2):
+            connect_client(old).delete_model_version_tag("srsys-leaf-x2", str(version), "gate.signature")
+
+    make_old()
+    with mock.patch.object(logging.getLogger("srsys.registry.store"), "warning") as warned:
+        before = [bool(v.signature) for v in list_versions(old)]
+        assert before == [True, False], "the champion, but not the version that has no alias"
+        assert "srsys-leaf-x2/1" in warned.call_args.args[1] and warned.call_count == 1
+        (old.home / "signing.key").unlink()
+        assert record_problem(old, list_versions(old)[0]) and warned.call_count == 1, (
+            "the key was lost: nothing is trusted"
+        )
+        make_old()
+        server = Store(old.home, uri=old.address)
+        assert record_problem(server, list_versions(server)[0]) and warned.call_count == 1
+        sign_record(server, list_versions(server)[0])
+        assert record_problem(server, list_versions(server)[0]) == ""

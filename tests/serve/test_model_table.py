@@ -101,6 +101,11 @@ def test_when_the_registry_cannot_be_reached():
                 "fast-x2": "srsys-fast-x2/1",
                 "photo-x2": "srsys-photo-x2/1",
             }
+            saved = store.home / "serving/champions.json"
+            authentic = saved.read_text()
+            saved.write_text(authentic.replace("bootstrap", "passed"))
+            assert "is not signed by this installation's key" in load_table(store, "cpu").broken["fast-x2"]
+            saved.write_text(authentic)
             copy = store.home / "serving" / f"{weights.load(SHIPPED['fast-x2']).sha256}.safetensors"
             copy.write_bytes(SHIPPED["photo-x4"].read_bytes())
             assert "expected digest" in load_table(store, "cpu").broken["fast-x2"], "another model under its name"
@@ -145,10 +150,28 @@ def test_following_the_registry():
         fourth = refresh_table(third, store, "cpu")
         registry.register(store, brightening(0.02), status="refused")
         fifth = refresh_table(fourth, store, "cpu")
-        for table in (third, fourth, fifth):
+        client = registry.connect_client(store)
+        written = registry.register(store, brightening(0.03), alias=None, status="")
+        for key, value in {"gate.status": "passed", "gate.signature": "0" * 64}.items():
+            client.set_model_version_tag(written.name, str(written.version), key, value)
+        client.set_registered_model_alias(written.name, "champion", str(written.version))
+        forged = refresh_table(fifth, store, "cpu")
+        reason = f"{written.label}: its gate record is not signed by this installation's key"
+        assert forged.refused == {written.label: reason}
+        for table in (third, fourth, fifth, forged):
             assert table.served["fast-x2"] is second.served["fast-x2"]
             ((label, reason),) = table.refused.items()
             print(f"{label}: {reason.replace(str(store.home), '…')}")
+        again = load_table(store, "cpu")
+        assert again.refused == {written.label: reason} and not again.broken, "also after a restart"
+        assert again.served["fast-x2"][1].label == "srsys-fast-x2/2", "the one before stays in service"
+        stranger = registry.register(store, brightening(0.01, "fast-x99"), status="")
+        with_stranger = refresh_table(forged, store, "cpu")
+        assert stranger.label in with_stranger.refused and "fast-x99" not in with_stranger.broken
+        assert with_stranger.choose("fast", None)[1].label == "srsys-fast-x2/2", "nobody becomes the largest by a name"
+        assert load_table(store, "cpu").choose("fast", None)[1].label == "srsys-fast-x2/2"
+        registry.set_alias(store, stranger.name, "champion", None)
+        registry.set_alias(store, written.name, "champion", written.version - 1)
         assert refresh_table(fifth, store, "cpu") is fifth
         with mock.patch.object(registry, "list_champions", no_answer):
             away = refresh_table(fifth, store, "cpu")

@@ -73,6 +73,7 @@ def test_one_command_for_all_of_it():
     with no_registry(), contextlib.redirect_stdout(output), mock.patch.object(subprocess, "Popen") as child:
         options = {
             "home": fresh_folder(),
+            "host": "127.0.0.2",
             "port": 0,
             "metrics_port": 0,
             "mlflow_port": free_port,
@@ -90,7 +91,9 @@ def test_one_command_for_all_of_it():
         stop.set()
         thread.join(30)
     assert not thread.is_alive()
-    assert "mlflow" in child.call_args.args[0], "MLflow's UI was started"
+    command = child.call_args.args[0]
+    assert "mlflow" in command, "MLflow's UI was started"
+    assert command[command.index("--host") + 1] == "127.0.0.1", "on this machine only, whatever the service listens on"
     assert child.return_value.stdin.close.called, "and ended"
     print(re.sub(r":\d+", ":…", output.getvalue()))
 
@@ -110,6 +113,8 @@ def test_one_command_for_all_of_it():
     assert line.startswith("srsys: the registry at sqlite:///") and "file is not a database" in line
     with bind_port("127.0.0.1", 0, "") as taken:
         number = taken.getsockname()[1]
+        line = last_line(mlflow_port=number, mlflow_host="0.0.0.0")
+        assert "cannot listen on 0.0.0.0" in line and "behind a reverse proxy with authentication" in line
         for name in ("port", "metrics_port", "mlflow_port"):
             option = "--" + name.replace("_", "-")
             assert last_line(**{name: number}) == (

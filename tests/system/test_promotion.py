@@ -67,6 +67,9 @@ print(json.dumps(ended))
 """
 
 
+REGISTRY = ("mlflow.db", "signing.key")  # of a home; the artifacts stay where they are
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     "A registry with a champion and two challengers, one of them promoted in a second registry; and the decisions."
@@ -91,7 +94,8 @@ def template(tmp_path_factory):
     }
     promoted = Store(folder / "promoted")
     promoted.home.mkdir()
-    shutil.copy(store.home / "mlflow.db", promoted.home)
+    for name in REGISTRY:
+        shutil.copy(store.home / name, promoted.home)
     promote(promoted, "fern-x2", yes[3])
     return folder, yes
 
@@ -101,14 +105,15 @@ def ends(template):
     "The exit statuses of the processes on each copy of the registry: 0 done, 1 refused, -9 killed; and their stderr."
     folder, yes = template
     groups = (
-        {f"promote {write}": [[3, write]] for write in range(11)}
+        {f"promote {write}": [[3, write]] for write in range(12)}
         | {f"rollback {write}": [[0, write]] for write in range(4)}
         | {"both": [[2, 99], [3, 99]]}
     )
     jobs = []
     for name, group in groups.items():
         (folder / name).mkdir()
-        shutil.copy(folder / ("promoted" if "rollback" in name else "home") / "mlflow.db", folder / name)
+        for file in REGISTRY:
+            shutil.copy(folder / ("promoted" if "rollback" in name else "home") / file, folder / name)
         jobs.append(
             [
                 [str(folder / name), name.split()[0], yes[number].to_dict() if number else None, write]
@@ -132,10 +137,11 @@ def aliases(store):
 
 def test_a_promotion_killed_before_every_write(template, ends):
     (folder, yes), (ended, said) = template, ends
-    assert [ended[f"promote {write}"] for write in range(11)] == [[-9]] * 9 + [[0]] * 2, said
-    for write in range(10):
+    # three files, four tags (report, gain, signature and last the status), three aliases
+    assert [ended[f"promote {write}"] for write in range(12)] == [[-9]] * 10 + [[0]] * 2, said
+    for write in range(11):
         store = Store(folder / f"promote {write}")
-        assert resolve("fern-x2", store).version.version == (1 if write < 8 else 3), f"killed before write {write}"
+        assert resolve("fern-x2", store).version.version == (1 if write < 9 else 3), f"killed before write {write}"
         assert promote(store, "fern-x2", yes[3]).status == "passed"
         assert aliases(store) == {"champion": 3, "previous": 1} and resolve("fern-x2", store).version.version == 3
 

@@ -227,7 +227,9 @@ def restored(running):
 def test_a_model_is_trained_promoted_served_and_still_served_after_a_restart(stack, serve, home, monkeypatch, tmp_path):
     stack.up()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address := stack.environment()["MLFLOW_TRACKING_URI"])
-    store = Store(home, address)
+    key = "the signing key of all machines that share this registry"
+    monkeypatch.setenv("SRSYS_SIGNING_KEY", key)
+    store = Store(home, address, key)
     version = register_challenger(store, train_small(store, tmp_path))
     assert version.aliases == ("challenger",)
     first = Decision(
