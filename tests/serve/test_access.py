@@ -14,6 +14,7 @@ from contextlib import suppress
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
+from starlette.datastructures import Headers
 
 from srsys.monitor.telemetry import Metrics
 from srsys.serve.access import AccessMiddleware
@@ -136,12 +137,40 @@ def test_size_and_speed_of_an_upload():
     assert error.status == 408 and "did not arrive in time" in str(error)
 
 
+def test_requests_of_other_sites():
+    from srsys.serve.access import AccessPolicy, SiteCheck
+
+    # serve/05_access.ipynb #lesson-hosts
+    def site(policy=AccessPolicy(bind_host="0.0.0.0", hosts=("photos.example",)), method="POST", path="/", **headers):
+        "The error word for a request that arrived at 192.0.2.7, or empty."
+        scope = {"method": method, "path": path, "server": ("192.0.2.7", 7860)}
+        try:
+            SiteCheck(policy).check(scope, Headers({name.replace("_", "-"): value for name, value in headers.items()}))
+        except RequestError as error:
+            return error.error
+        return ""
+
+    names = ("localhost", "127.0.0.1:7860", "[::1]:7860", "192.0.2.7:7860", socket.gethostname(), "PHOTOS.example.:80")
+    for host in names:
+        assert site(host=host) == "", host
+    for host in ("attacker.example", "192.0.2.8", "localhost.attacker.example", "user@localhost", "[::1", " "):
+        assert site(host=host) == site(host=host, method="GET") == "wrong_host", host
+    assert site(host="10.1.2.3:7860", method="GET", path="/livez") == ""
+    assert site(host="10.1.2.3:7860", method="POST", path="/livez") == "wrong_host"
+    for origin in ("http://localhost:7860", "https://photos.example"):
+        assert site(host="localhost:7860", origin=origin) == "", origin
+    for origin in ("http://attacker.example", "http://localhost:3000", "http://localhost", "null", ""):
+        assert site(host="localhost:7860", origin=origin) == "cross_site", origin
+    assert site(host="photos.example", origin="https://photos.example:443") == ""
+    assert site(AccessPolicy(), host="testserver") == "", "a policy without an address checks no host"
+
+
 def test_the_middleware_around_every_request():
     from srsys.serve.access import AccessPolicy
 
     # serve/05_access.ipynb #lesson-frame
     with TestClient(small_app(AccessPolicy())) as client:
-        headers = {"X-Request-Id": "lesson-0001", "Origin": "https://elsewhere.example"}
+        headers = {"X-Request-Id": "lesson-0001", "Origin": "http://testserver"}
         response = client.post("/v1/restore", content=b"x" * 1000, headers=headers)
         assert response.json() == {"bytes": 1000}
         assert response.headers["x-request-id"] == "lesson-0001"
