@@ -231,6 +231,10 @@ ERROR_STATUS_TEXT: dict[int, tuple[str, dict[str, str]]] = {
             "not_a_form": "expected multipart/form-data with a field 'file'",
         },
     ),
+    421: (
+        "Not the name of this server",
+        {"wrong_host": "this server has another name; its operator can add this one to SRSYS_HOSTS"},
+    ),
     422: (
         "Broken image, unknown model or bad field",
         {
@@ -284,7 +288,7 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 # %% ../../nbs/serve/08_api.ipynb #restore-contract
-ACCESS_STATUSES = (401, 403, 408, 413)  # of every route that needs a token
+ACCESS_STATUSES = (401, 403, 408, 413, 421)  # of every route that needs a token
 UPLOAD_FORMATS = ("png", "jpeg", "webp", "tiff", "avif", "bmp", "gif")
 _BINARY = {"type": "string", "format": "binary"}
 
