@@ -82,7 +82,7 @@ def test_tokens():
 
 
 def test_rate_limit():
-    from srsys.serve.access import RateLimiter
+    from srsys.serve.access import RateLimiter, client_network
 
     # serve/05_access.ipynb #lesson-rates
     now = 0.0
@@ -94,6 +94,13 @@ def test_rate_limit():
     assert rates.take(0) == 20
     now = 1000.0
     assert [rates.take(0) for _ in range(4)] == [0, 0, 0, 20], "a bucket never holds more than a minute's worth"
+    few = RateLimiter(3, lambda: now, max_callers=2)
+    assert [few.take(caller) for caller in "aaaab"] == [0, 0, 0, 20, 0] and few.wait("a") == 20
+    few.take("c")
+    assert len(few.buckets) == 2 and few.wait("a") == 0, "the least recent caller is forgotten"
+    assert client_network({"client": ("192.0.2.7", 1)}) == "192.0.2.7"
+    assert client_network({"client": ("2001:db8::1:2", 1)}) == client_network({"client": ("2001:db8::7", 1)})
+    assert client_network({}) == ""
 
 
 def test_size_and_speed_of_an_upload():
@@ -218,6 +225,12 @@ def test_the_middleware_around_every_request():
         wrong = {"Authorization": "Bearer correct-horse-batterx"}
         assert client.post("/v1/restore", headers=wrong).status_code == 401
     assert metrics.registry.get_sample_value("srsys_http_requests_total", {"route": "/v1/restore", "code": "401"}) == 2
+    with TestClient(small_app(AccessPolicy(TOKENS, failures_per_minute=2))) as client:
+        guesses = [client.get("/", headers=wrong) for _ in range(3)]
+        assert [guess.status_code for guess in guesses] == [401, 401, 429]
+        assert 1 <= int(guesses[2].headers["retry-after"]) <= 31
+        assert client.post("/v1/restore", headers=bearer).status_code == 429, "a right guess is not recognised either"
+        assert client.post("/v1/restore").status_code == 401 and client.get("/livez").status_code == 200
 
 
 def test_a_timeout_for_the_head_of_a_request():
