@@ -3,7 +3,7 @@
 # PGPASSWORD_FILE=/run/secrets/… sets PGPASSWORD to the content of that file.
 # The signing key is not among them: srsys reads its file itself, so that no child process inherits it.
 set -eu
-for name in PGPASSWORD JUPYTER_TOKEN SRSYS_TOKENS; do
+for name in PGPASSWORD JUPYTER_TOKEN SRSYS_TOKENS SRSYS_ALERT_TOKEN; do
   eval "file=\${${name}_FILE:-}"
   [ -z "$file" ] || { value=$(cat "$file"); export "$name=$value"; }
 done

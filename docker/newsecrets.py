@@ -44,6 +44,7 @@ def create_secrets(folder: Path, without_token: bool = False) -> list[str]:
         # One token of 40 characters. There may be several, separated by spaces; an empty file admits everyone.
         "srsys_tokens": "" if without_token else secrets.token_urlsafe(30),
         "signing_key": secrets.token_hex(32),
+        "alert_token": secrets.token_urlsafe(30),  # Alertmanager's, for the alerts that it posts to the app
         # The same key for the client (MLflow) and for the server (SeaweedFS).
         "s3_credentials": f"[default]\naws_access_key_id = {access_key}\naws_secret_access_key = {secret_key}\n",
         "s3_identities": json.dumps({"identities": [identity]}, indent=2),

@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     # tokens that clients must present, separated by spaces, each of at least 16 characters; empty: no authentication
     tokens: SecretStr = SecretStr("")
     per_minute: int = Field(default=120, gt=0)  # rate limit for each token, in pictures a minute
+    alert_token: SecretStr = SecretStr("")  # also accepted for alerts on the metrics port, of at least 16 characters
+    hosts: str = ""  # names under which clients reach the server besides its own, separated by commas; *: any
+    metrics_host: str = "127.0.0.1"  # address of the metrics port; 0.0.0.0 for all
     patience: float = Field(default=20, gt=0)  # timeout for receiving a request, in seconds
     poll: float = Field(default=30, gt=0)  # seconds between the server's checks for new champions
     device: str = "auto"
@@ -86,7 +89,7 @@ class Settings(BaseSettings):
     webhook: str | None = None  # URL that is told the result of each scheduled notebook
     debug: bool = False  # show the traceback of unexpected errors
 
-    @field_validator("tokens")
+    @field_validator("tokens", "alert_token")
     @classmethod
     def _check_length(cls, tokens: SecretStr) -> SecretStr:
         if any(len(token) < 16 for token in tokens.get_secret_value().split()):

@@ -287,7 +287,13 @@ def _wait_for_interrupt() -> None:
 def _access_policy(settings: Settings) -> "AccessPolicy":
     from srsys.serve.access import AccessPolicy
 
-    return AccessPolicy(tuple(settings.tokens.get_secret_value().split()), settings.per_minute, settings.patience)
+    return AccessPolicy(
+        tuple(settings.tokens.get_secret_value().split()),
+        settings.per_minute,
+        settings.patience,
+        alert_token=settings.alert_token.get_secret_value().strip(),
+        hosts=tuple(settings.hosts.split(",")),
+    )
 
 
 def _service_options(settings: Settings, device: str, precision: str, cores: int) -> "ServiceOptions":
@@ -326,6 +332,10 @@ def serve_command(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the page and the API; 0: any free port.")] = 7860,
     metrics_port: Annotated[int, typer.Option(help="Port of the metrics; 0: any free port.")] = 9464,
+    metrics_host: Annotated[
+        str | None,
+        typer.Option(help="Address of the metrics port; SRSYS_METRICS_HOST if not given, and 127.0.0.1 without that."),
+    ] = None,
     mlflow_port: Annotated[int | None, typer.Option(help="Also start MLflow's page on this port.")] = None,
     mlflow_host: Annotated[
         str | None,
@@ -381,6 +391,7 @@ def serve_command(
         poll=settings.poll,
         mlflow_host=mlflow_host or settings.mlflow_host,
         signing_key=settings.key_or_file(),
+        metrics_host=metrics_host or settings.metrics_host,
     )
     raise typer.Exit(status)
 

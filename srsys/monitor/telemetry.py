@@ -10,7 +10,6 @@ __all__ = [
     "M",
     "LATENCY_BUCKETS",
     "ALERT_EXPIRY",
-    "MAX_ALERT_BYTES",
     "REQUEST_ID",
     "Panel",
     "quantiles",
@@ -25,12 +24,13 @@ __all__ = [
     "Alert",
     "store_alerts",
     "firing_alerts",
-    "operator_app",
+    "OperatorApp",
     "log_request",
     "configure_logging",
 ]
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #imports
+import asyncio
 import json
 import logging
 import sqlite3
@@ -43,10 +43,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TextIO, TypeVar, overload
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, write_to_textfile
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, make_asgi_app, write_to_textfile
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from pythonjsonlogger.json import JsonFormatter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
 
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #panel
@@ -539,6 +542,8 @@ def store_alerts(
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected the alerts that Alertmanager posts: {error!r}") from error
+    if not all(isinstance(value, str) for row in rows for value in row[:4]):
+        raise ValueError("expected text as the name, the summary and the start of an alert")
     seen = time.time() if now is None else now
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=10)) as db, db:
@@ -561,32 +566,62 @@ def firing_alerts(path: Path, now: float | None = None) -> list[Alert]:
 
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #operator-app
-MAX_ALERT_BYTES = 1 << 20
+class OperatorApp:
+    """ASGI app of the metrics port: the metrics, POST /alerts from Alertmanager, and POST /nudge.
 
+    /nudge calls `nudge` and reveals nothing; it is for promotion and MLflow's webhook. Who may send what, and how much,
+    is decided by the middleware around this app.
+    """
 
-def operator_app(
-    metrics: Callable,  # WSGI: Prometheus' page
-    alerts: Path,  # SRSYS_HOME/alerts.db
-) -> Callable:  # WSGI
-    "Build the app of the metrics port: it serves the metrics, and accepts POST /alerts from Alertmanager."
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        alerts: Path,  # SRSYS_HOME/alerts.db
+        nudge: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.metrics = make_asgi_app(registry)
+        self.alerts = alerts
+        self.nudge = nudge
 
-    def answer(environ: dict, start: Callable) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != "/alerts":
-            return metrics(environ, start)
-        length, status = int(environ.get("CONTENT_LENGTH") or "0"), "204 No Content"
-        if environ["REQUEST_METHOD"] != "POST":
-            status = "405 Method Not Allowed"
-        elif length > MAX_ALERT_BYTES:
-            status = "413 Content Too Large"
-        else:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        "Answer one request."
+        request = Request(scope, receive)
+        if request.url.path == "/alerts":
+            response = await self._take_alerts(request)
+        elif request.url.path == "/nudge":
+            response = self._take_nudge(request)
+        elif request.method in ("GET", "HEAD"):
             try:
-                store_alerts(alerts, json.loads(environ["wsgi.input"].read(length)))
-            except ValueError:
-                status = "400 Bad Request"
-        start(status, [])
-        return []
+                return await self.metrics(scope, receive, send)
+            except UnicodeDecodeError:  # raised before the response starts
+                response = self._error(request, 400, "bad_request", "the query or a header is not valid UTF-8")
+        else:
+            response = self._error(request, 405, "method_not_allowed", "Method Not Allowed")
+        await response(scope, receive, send)
 
-    return answer
+    async def _take_alerts(self, request: Request) -> Response:
+        if request.method != "POST":
+            return self._error(request, 405, "method_not_allowed", "POST here")
+        try:
+            message = json.loads(await request.body())
+            await asyncio.to_thread(store_alerts, self.alerts, message)
+        except (ValueError, RecursionError) as error:
+            return self._error(request, 400, "bad_request", str(error) or "not a list of alerts")
+        except (sqlite3.Error, OSError):
+            _log.exception("alerts could not be stored")
+            return self._error(request, 503, "not_ready", "the alerts could not be stored; send them again")
+        return Response(status_code=204)
+
+    def _take_nudge(self, request: Request) -> Response:
+        if request.method != "POST":
+            return PlainTextResponse("POST here\n", 405)
+        self.nudge()
+        return PlainTextResponse("looking\n", 202)
+
+    @staticmethod
+    def _error(request: Request, status: int, error: str, detail: str) -> JSONResponse:
+        request_id = request.scope.get("state", {}).get("request_id", "")
+        return JSONResponse({"error": error, "detail": detail, "request_id": request_id}, status)
 
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #log-request

@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = [
     "MIN_TOKEN_LENGTH",
+    "LOCAL_HOSTS",
+    "WILDCARD_HOSTS",
+    "ANY_HOST_ROUTES",
     "API_ROUTES",
     "PUBLIC_ROUTES",
     "UPLOAD_ROUTES",
@@ -12,31 +15,45 @@ __all__ = [
     "CONTENT_SECURITY_POLICY",
     "SECURITY_HEADERS",
     "DRAIN_SECONDS",
+    "refused_log",
     "AccessPolicy",
     "token_from_header",
     "find_token",
     "RateLimiter",
+    "client_network",
     "RequestBody",
+    "host_of",
+    "own_hosts",
+    "SiteCheck",
     "error_response",
     "add_headers",
+    "RequestGuard",
     "AccessMiddleware",
+    "OperatorGuard",
     "GuardedResponse",
+    "OncePerSecond",
     "TimeoutH11Protocol",
 ]
 
 # %% ../../nbs/serve/05_access.ipynb #imports
 import asyncio
 import base64
+import fcntl
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
+import socket
+import struct
+import termios
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, NoReturn
 
 import h11
@@ -62,9 +79,14 @@ class AccessPolicy:
     per_minute: int = 120  # uploads per minute for each token
     timeout: float = 20.0  # seconds for the head of a request; its body has these and its size / `min_upload_rate`
     min_upload_rate: int = 32 * 1024  # bytes per second
+    min_download_rate: int = 32 * 1024  # bytes per second; a response that nobody reads has `timeout` seconds
+    failures_per_minute: int = 30  # wrong tokens from one address
+    alert_token: str = ""  # also accepted for POST /alerts on the metrics port, and for nothing else
+    hosts: tuple[str, ...] = ()  # names under which the server is reached besides its own; "*": any
+    bind_host: str | None = None  # address that the server listens on; None: the Host header is not checked
 
     def __post_init__(self) -> None:
-        for token in self.tokens:
+        for token in (*self.tokens, *filter(None, [self.alert_token])):
             if len(token) < MIN_TOKEN_LENGTH:
                 raise ValueError(f"a token needs at least {MIN_TOKEN_LENGTH} characters; one has {len(token)}")
 
@@ -90,21 +112,41 @@ def find_token(token: str, known_tokens: tuple[str, ...]) -> int | None:
 
 # %% ../../nbs/serve/05_access.ipynb #rates
 class RateLimiter:
-    "A token bucket for each caller."
+    "A token bucket for each caller. Of more than `max_callers`, the least recent are forgotten."
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic, max_callers: int = 10_000) -> None:
         self.per_minute = per_minute
         self.clock = clock
-        self.buckets: dict[int, tuple[float, float]] = {}  # by caller: requests left, and when that was computed
+        self.max_callers = max_callers
+        self.buckets: dict[Hashable, tuple[float, float]] = {}  # requests left, and when that was computed
 
-    def take(self, caller: int) -> float:
-        "Take one request from a caller's bucket; return 0, or the seconds until one is available."
+    def _left(self, caller: Hashable) -> float:
         now = self.clock()
         left, updated = self.buckets.get(caller, (self.per_minute, now))
-        left = min(self.per_minute, left + (now - updated) * self.per_minute / 60)
-        allowed = left >= 1
-        self.buckets[caller] = (left - 1 if allowed else left), now
-        return 0.0 if allowed else (1 - left) * 60 / self.per_minute
+        return min(self.per_minute, left + (now - updated) * self.per_minute / 60)
+
+    def wait(self, caller: Hashable) -> float:
+        "Return the seconds until a caller's next request is available; 0 if one is."
+        return max(0.0, 1 - self._left(caller)) * 60 / self.per_minute
+
+    def take(self, caller: Hashable) -> float:
+        "Take one request from a caller's bucket; return 0, or the seconds until one is available."
+        left, wait = self._left(caller), self.wait(caller)
+        self.buckets.pop(caller, None)  # so that the least recent caller stands first
+        self.buckets[caller] = (left if wait else left - 1), self.clock()
+        if len(self.buckets) > self.max_callers:
+            del self.buckets[next(iter(self.buckets))]
+        return wait
+
+
+def client_network(scope: Scope) -> str:
+    "Return the address of a client; of an IPv6 address the first half, because a client has all of the rest."
+    address = str((scope.get("client") or ("",))[0] or "")
+    with suppress(ValueError):
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(parsed, ipaddress.IPv6Address) and not parsed.ipv4_mapped:
+            return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address
 
 
 # %% ../../nbs/serve/05_access.ipynb #body
@@ -149,6 +191,59 @@ class RequestBody:
         return message
 
 
+# %% ../../nbs/serve/05_access.ipynb #hosts
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+WILDCARD_HOSTS = ("0.0.0.0", "::", "")  # of a server that listens on all addresses
+ANY_HOST_ROUTES = ("/livez", "/readyz", "/metrics")  # for a GET, any Host header is accepted
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def host_of(address: str) -> str:
+    "Return the host of `host:port`, in lower case; empty if it is malformed."
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^\[\]:/@?#\s]+?)\.?(:\d*)?", address.strip().lower())
+    return match[1] if match else ""
+
+
+def own_hosts(bind_host: str) -> set[str]:
+    "Return the names of a server that listens on this address."
+    hosts = {*LOCAL_HOSTS, f"[{bind_host}]" if ":" in bind_host else bind_host}
+    if bind_host in WILDCARD_HOSTS:
+        hosts |= {socket.gethostname(), socket.gethostname() + ".local"}
+    return {host.lower() for host in hosts if host}
+
+
+class SiteCheck:
+    "Decides whether a request was meant for this server, and whether another site's page sent it."
+
+    def __init__(self, policy: AccessPolicy) -> None:
+        self.named = {host.strip().lower() for host in policy.hosts} - {""}  # by the operator
+        self.any_host = policy.bind_host is None or "*" in self.named
+        self.hosts = self.named | own_hosts(policy.bind_host or "")
+
+    def check(self, scope: Scope, headers: Headers) -> None:
+        "Raises RequestError 403 or 421."
+        method, given = scope["method"], headers.get("host", "")
+        exempt = method in ("GET", "HEAD") and scope["path"] in ANY_HOST_ROUTES
+        if given and not (self.any_host or exempt or self._is_own(given, scope)):
+            detail = "this server has another name; its operator can add this one to SRSYS_HOSTS"
+            raise RequestError(421, "wrong_host", detail)
+        if method not in ("GET", "HEAD", "OPTIONS"):
+            site, origin = headers.get("sec-fetch-site", "none"), headers.get("origin")
+            if site not in ("same-origin", "none") or (origin is not None and not self._is_same(origin, given)):
+                raise RequestError(403, "cross_site", "requests from other sites' pages are not accepted")
+
+    def _is_own(self, given: str, scope: Scope) -> bool:
+        address = (scope.get("server") or ("",))[0] or ""  # at which the connection arrived
+        return host_of(given) in self.hosts | {f"[{address}]" if ":" in address else address} - {""}
+
+    def _is_same(self, origin: str, host: str) -> bool:
+        scheme, _, address = origin.strip().lower().partition("://")
+        port = _DEFAULT_PORTS.get(scheme)
+        if port is None:
+            return False
+        return host_of(address) in self.named or address.removesuffix(port) == host.strip().lower().removesuffix(port)
+
+
 # %% ../../nbs/serve/05_access.ipynb #error-answer
 API_ROUTES = {
     "/v1/restore": "POST",
@@ -172,7 +267,7 @@ def error_response(request: Request, error: BaseException) -> JSONResponse:
     if refusal.retry_after:
         headers["retry-after"] = str(refusal.retry_after)
     if refusal.status == 401:
-        is_api = request.url.path.startswith("/v1/")
+        is_api = request.url.path.startswith(("/v1/", "/alerts"))
         headers["www-authenticate"] = (
             "Bearer" if is_api else 'Basic realm="srsys: the password is a token", charset="UTF-8"'
         )
@@ -223,17 +318,14 @@ def add_headers(message: Message, path: str, request_id: str) -> None:
 
 
 # %% ../../nbs/serve/05_access.ipynb #frame
-class AccessMiddleware:
-    "ASGI middleware: applies the policy, and adds request ids, headers, error responses, metrics and a log line."
+class RequestGuard:
+    "ASGI middleware: adds request ids, headers and error responses. Its subclasses say what is admitted."
 
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics, max_upload: int, policy: AccessPolicy
-    ) -> None:  # max_upload: bytes
+    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
         self.app = app
-        self.metrics = metrics
-        self.max_upload = max_upload
         self.policy = policy
-        self.rates = RateLimiter(policy.per_minute)
+        self.sites = SiteCheck(policy)
+        self.failures = RateLimiter(policy.failures_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         "Handle one request."
@@ -244,41 +336,79 @@ class AccessMiddleware:
         state["request_id"] = request_id = self._request_id(headers)
         REQUEST_ID.set(request_id)
         has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        limit = self.max_upload if path in UPLOAD_ROUTES else MAX_FORM_BYTES
-        body = RequestBody(receive, limit, self.policy, has_body)
+        body = RequestBody(receive, self.body_limit(path), self.policy, has_body)
         response = GuardedResponse(send, path, request_id, body)
-        with self.metrics.inflight.track_inprogress():
-            try:
-                self._admit(scope, headers, body)
-                await self.app(scope, body.receive, response.send)
-            except Exception as error:
-                await response.fail(Request(scope), error)
-            finally:
-                seconds = time.perf_counter() - start
-                self._record(scope, response, seconds)
+        try:
+            self.sites.check(scope, headers)
+            self.admit(scope, headers)
+            body.check_size(int(headers.get("content-length", "0")))
+            await self.app(scope, body.receive, response.send)
+        except Exception as error:
+            await response.fail(Request(scope), error)
+        finally:
+            self.record(scope, response, time.perf_counter() - start)
+
+    def body_limit(self, path: str) -> int:
+        "Return the largest body of a request to this path, in bytes."
+        return MAX_FORM_BYTES
+
+    def admit(self, scope: Scope, headers: Headers) -> None:
+        "Raises RequestError 401 or 429 for a request that need not be read."
+
+    def record(self, scope: Scope, response: "GuardedResponse", seconds: float) -> None:
+        "Count and log a request that has been answered."
 
     def _request_id(self, headers: Headers) -> str:
         "Return the id that the client sent if it is a valid one, else a new one."
         given = headers.get("x-request-id", "")
         return given if re.fullmatch(r"[\w-]{8,64}", given, re.A) else uuid.uuid4().hex
 
-    def _admit(self, scope: Scope, headers: Headers, body: RequestBody) -> None:
-        "Raises RequestError 401, 403, 413 or 429 for a request that need not be read."
+    def find_caller(self, scope: Scope, headers: Headers, tokens: tuple[str, ...]) -> int:
+        "Return the index of the token of a request. Raises RequestError 401, and 429 after too many wrong tokens."
+        token, network = token_from_header(headers.get("authorization", "")), client_network(scope)
+        if token and (wait := self.failures.wait(network)):
+            raise RequestError(429, "too_often", "too many wrong tokens came from this address", int(wait) + 1)
+        caller = find_token(token, tokens)
+        if caller is None:
+            if token:  # a browser sends none before it asks its user
+                self.failures.take(network)
+            raise RequestError(401, "unauthorized", "a token is required: Authorization: Bearer …")
+        return caller
+
+
+class AccessMiddleware(RequestGuard):
+    "The guard of the page and the API, which also counts requests and limits their rate."
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, max_upload: int, policy: AccessPolicy
+    ) -> None:  # max_upload: bytes
+        super().__init__(app, policy)
+        self.metrics = metrics
+        self.max_upload = max_upload
+        self.rates = RateLimiter(policy.per_minute)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        "Handle one request."
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        with self.metrics.inflight.track_inprogress():
+            await super().__call__(scope, receive, send)
+
+    def body_limit(self, path: str) -> int:
+        "Return the largest body of a request to this path, in bytes."
+        return self.max_upload if path in UPLOAD_ROUTES else MAX_FORM_BYTES
+
+    def admit(self, scope: Scope, headers: Headers) -> None:
+        "Raises RequestError 401 or 429 for a request that need not be read."
         path, policy = scope["path"], self.policy
-        changes_state = scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if changes_state and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise RequestError(403, "cross_site", "requests from other sites' pages are not accepted")
         if policy.tokens and path not in PUBLIC_ROUTES:
-            caller = find_token(token_from_header(headers.get("authorization", "")), policy.tokens)
-            if caller is None:
-                raise RequestError(401, "unauthorized", "a token is required: Authorization: Bearer …")
+            caller = self.find_caller(scope, headers, policy.tokens)
             if path in UPLOAD_ROUTES and (wait := self.rates.take(caller)):
                 self.metrics.shed.labels("rate").inc()
                 detail = f"this token may send at most {policy.per_minute} pictures a minute"
                 raise RequestError(429, "too_often", detail, int(wait) + 1)
-        body.check_size(int(headers.get("content-length", "0")))
 
-    def _record(self, scope: Scope, response: "GuardedResponse", seconds: float) -> None:
+    def record(self, scope: Scope, response: "GuardedResponse", seconds: float) -> None:
         "Count the request and log it."
         route = scope["path"] if scope["path"] in API_ROUTES else "page"
         self.metrics.requests.labels(route, str(response.status)).inc()
@@ -286,6 +416,16 @@ class AccessMiddleware:
             self.metrics.duration.observe(seconds)
         error = scope["state"].get("error", "")
         log_request(scope["method"], route, response.status, seconds, response.model, error)
+
+
+class OperatorGuard(RequestGuard):
+    "The guard of the metrics port: an alert needs a token where there are tokens."
+
+    def admit(self, scope: Scope, headers: Headers) -> None:
+        "Raises RequestError 401."
+        tokens = (*self.policy.tokens, *filter(None, [self.policy.alert_token]))
+        if tokens and scope["path"] == "/alerts" and scope["method"] == "POST":
+            self.find_caller(scope, headers, tokens)
 
 
 # %% ../../nbs/serve/05_access.ipynb #answer
@@ -337,22 +477,67 @@ class GuardedResponse:
 
 
 # %% ../../nbs/serve/05_access.ipynb #patient
-class TimeoutH11Protocol(H11Protocol):
-    "Uvicorn's HTTP/1.1 protocol with a timeout for the head of a request."
+class OncePerSecond(logging.Filter):
+    "Lets one record a second pass, so that a flood of requests is no flood of log lines."
 
-    def __init__(self, *args: Any, head_timeout: float, **options: Any) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = -1.0  # when a record passed
+        self.dropped = 0  # records since then
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        "Whether the record passes; the message says how many did not."
+        now = time.monotonic()
+        if self.last >= 0 and now < self.last + 1:
+            self.dropped += 1
+            return False
+        if self.dropped:
+            record.msg, record.args = f"{record.getMessage()} ({self.dropped} more since the last such line)", ()
+        self.last, self.dropped = now, 0
+        return True
+
+
+refused_log = logging.getLogger("srsys.serve.access.refused")
+refused_log.addFilter(OncePerSecond())
+
+
+class TimeoutH11Protocol(H11Protocol):
+    "Uvicorn's HTTP/1.1 protocol with a timeout for requests, a minimum pace for readers, and a limit of connections."
+
+    def __init__(
+        self,
+        *args: Any,
+        head_timeout: float,
+        min_download_rate: int = AccessPolicy.min_download_rate,
+        max_connections: int | None = None,  # None: no limit
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self.head_timeout = head_timeout  # seconds
+        self.head_timeout = head_timeout  # seconds; also for which a reader may take nothing
+        self.min_download_rate = min_download_rate  # bytes per second
+        self.max_connections = max_connections
         self.head_timer: asyncio.TimerHandle | None = None  # None: no head is awaited
+        self.pace_timer: asyncio.TimerHandle | None = None  # None: the client has taken all that was written
+        self.paced_cycle: object = None  # the request to whose response the next three belong
+        self.read_bytes = 0  # that the client took while the response waited for it
+        self.waited_seconds = 0.0  # that the response waited, before the current wait
+        self.wait_start, self.wait_bytes = 0.0, 0  # of the current wait
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in H11Protocol
-        "Start the timer for the first request."
+        "Start the timer for the first request, or refuse the connection if there are too many."
+        if self.max_connections is not None and len(self.connections) >= self.max_connections:
+            self.transport = transport
+            refused_log.warning("a connection is refused: there are %d already", self.max_connections)
+            self._end_with(503, "not_ready", "the server has too many connections at the moment")
+            return
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` is called whenever something is left to send
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        "Stop the timer."
+        "Stop the timers."
         self._stop_timer()
+        self._stop_waiting()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -363,6 +548,44 @@ class TimeoutH11Protocol(H11Protocol):
         elif self.head_timer is None:
             self._start_timer()
 
+    def pause_writing(self) -> None:
+        "Watch the pace of the client until it has taken what was written."
+        super().pause_writing()
+        if self.paced_cycle is not self.cycle:
+            self.paced_cycle, self.read_bytes, self.waited_seconds = self.cycle, 0, 0.0
+        self.wait_start, self.wait_bytes = self.loop.time(), self._unread_bytes()
+        self.pace_timer = self.loop.call_later(self.head_timeout, self._check_pace)
+
+    def resume_writing(self) -> None:
+        "Write on."
+        self._stop_waiting()
+        super().resume_writing()
+
+    def _stop_waiting(self) -> None:
+        if self.pace_timer:
+            self.pace_timer.cancel()
+            self.pace_timer = None
+            self.waited_seconds += self.loop.time() - self.wait_start
+            self.read_bytes += max(0, self.wait_bytes - self._unread_bytes())
+
+    def _unread_bytes(self) -> int:
+        "Return what was written and has not reached the client: in our buffer, and in the system's, of up to some MB."
+        queued = 0
+        with suppress(OSError, ValueError):  # not known, or the connection is lost
+            number = self.transport.get_extra_info("socket").fileno()
+            [queued] = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)))
+        return self.transport.get_write_buffer_size() + queued
+
+    def _check_pace(self) -> None:
+        "Abort the connection if its client takes the response too slowly, else look again when it might be."
+        taken = self.read_bytes + max(0, self.wait_bytes - self._unread_bytes())
+        allowed = self.head_timeout + taken / self.min_download_rate
+        left = allowed - self.waited_seconds - (self.loop.time() - self.wait_start)
+        if left <= 0:
+            self.transport.abort()
+        else:
+            self.pace_timer = self.loop.call_later(max(left, 0.1), self._check_pace)
+
     def _start_timer(self) -> None:
         self.head_timer = self.loop.call_later(self.head_timeout, self._time_out)
 
@@ -372,16 +595,23 @@ class TimeoutH11Protocol(H11Protocol):
             self.head_timer = None
 
     def _time_out(self) -> None:
-        "Send 408 if nothing has been sent yet, and close the connection."
+        self._end_with(408, "too_slow", "no request arrived in time")
+
+    def send_400_response(self, msg: str) -> None:
+        "Answer what is no valid HTTP."
+        self._end_with(400, "bad_request", msg)
+
+    def _end_with(self, status: int, error: str, detail: str) -> None:
+        "Send an error if nothing has been sent yet, and close the connection."
         if self.conn.our_state is h11.IDLE and not self.transport.is_closing():
-            body = json.dumps({"error": "too_slow", "detail": "no request arrived in time", "request_id": ""}).encode()
+            body = json.dumps({"error": error, "detail": detail, "request_id": ""}).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
                 ("connection", "close"),
             ]
             for event in (
-                h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+                h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode()),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             ):

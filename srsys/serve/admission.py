@@ -6,6 +6,7 @@
 __all__ = ["ServerLimits", "RequestError", "as_request_error", "RestoreRequest", "RestoreResult", "resolve_scale"]
 
 # %% ../../nbs/serve/02_admission.ipynb #imports
+import errno
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,8 @@ _ERROR_CLASSES = (  # the first that matches counts, so a subclass stands before
     (restorer.RestoreError, 500, "failed"),
 )
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)  # of disk or file descriptors
+
 
 def as_request_error(error: BaseException) -> RequestError:
     "Translate any error into one that may be sent to a client. The text of an unexpected error is not passed on."
@@ -60,6 +63,8 @@ def as_request_error(error: BaseException) -> RequestError:
         return error
     if isinstance(error, image.WriteError):  # its text has paths of the server
         return RequestError(503, "no_room", "the server has no room for the result at the moment", 60)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return RequestError(503, "no_room", "the server has no room for the request at the moment", 60)
     for kind, status, word in _ERROR_CLASSES:
         if isinstance(error, kind):
             return RequestError(status, word, str(error))

@@ -19,6 +19,7 @@ __all__ = [
     "choose_format",
     "parse_restore_request",
     "make_etag",
+    "FileStream",
     "result_response",
     "wait_for_result",
     "error_responses",
@@ -37,11 +38,12 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -50,6 +52,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.types import Receive, Scope, Send
 
 from ..registry import store
 from .access import AccessMiddleware, AccessPolicy, error_response
@@ -161,7 +164,22 @@ def make_etag(restore_request: RestoreRequest, label: str) -> str:
     return f'W/"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}"'
 
 
-def result_response(result: RestoreResult, name: str, etag: str = "") -> StreamingResponse:
+class FileStream(StreamingResponse):
+    "A response from an open file, which is closed when the response ends, whether the client has read it or not."
+
+    def __init__(self, file: BinaryIO, headers: dict[str, str], media_type: str) -> None:
+        super().__init__(iter(partial(file.read, 1 << 20), b""), 200, headers, media_type)
+        self.file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        "Send the file."
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.file.close()
+
+
+def result_response(result: RestoreResult, name: str, etag: str = "") -> FileStream:
     "Send the restored picture from an open file whose folder has already been removed."
     file, length = open(result.path, "rb"), result.path.stat().st_size
     shutil.rmtree(result.path.parent, ignore_errors=True)
@@ -180,13 +198,8 @@ def result_response(result: RestoreResult, name: str, etag: str = "") -> Streami
     if result.warning:
         headers["x-trust-warning"] = result.warning
 
-    def chunks() -> Iterator[bytes]:
-        with file:
-            while chunk := file.read(1 << 20):
-                yield chunk
-
     format = {".jpg": "jpeg"}.get(result.path.suffix, result.path.suffix[1:])
-    return StreamingResponse(chunks(), 200, headers, f"image/{format}")
+    return FileStream(file, headers, f"image/{format}")
 
 
 # %% ../../nbs/serve/08_api.ipynb #wait-for
@@ -230,6 +243,10 @@ ERROR_STATUS_TEXT: dict[int, tuple[str, dict[str, str]]] = {
             "not_an_accepted_format": "cat.jpg: not a picture in an accepted format",
             "not_a_form": "expected multipart/form-data with a field 'file'",
         },
+    ),
+    421: (
+        "Not the name of this server",
+        {"wrong_host": "this server has another name; its operator can add this one to SRSYS_HOSTS"},
     ),
     422: (
         "Broken image, unknown model or bad field",
@@ -284,7 +301,7 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 # %% ../../nbs/serve/08_api.ipynb #restore-contract
-ACCESS_STATUSES = (401, 403, 408, 413)  # of every route that needs a token
+ACCESS_STATUSES = (401, 403, 408, 413, 421)  # of every route that needs a token
 UPLOAD_FORMATS = ("png", "jpeg", "webp", "tiff", "avif", "bmp", "gif")
 _BINARY = {"type": "string", "format": "binary"}
 

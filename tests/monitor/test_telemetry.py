@@ -7,7 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.testclient import TestClient
 
 
 def test_a_metric_is_declared_once_with_its_panels():
@@ -45,21 +46,9 @@ def test_metrics_of_scheduled_jobs():
 
 
 def test_alerts_that_ask_for_retraining():
-    from srsys.monitor.telemetry import Metrics, firing_alerts, operator_app
+    from srsys.monitor.telemetry import Metrics, OperatorApp, firing_alerts
 
     # monitor/01_telemetry.ipynb #lesson-alerts
-    def post(app, body: bytes, method: str = "POST", path: str = "/alerts") -> str:
-        "Send a request and return the status of the response."
-        statuses = []
-        environ = {
-            "PATH_INFO": path,
-            "REQUEST_METHOD": method,
-            "CONTENT_LENGTH": str(len(body)),
-            "wsgi.input": io.BytesIO(body),
-        }
-        list(app(environ, lambda status, headers: statuses.append(status)))
-        return statuses[0]
-
     drifted = {
         "status": "firing",
         "labels": {"alertname": "SrsysDrift", "feature": "noise"},
@@ -69,18 +58,23 @@ def test_alerts_that_ask_for_retraining():
     with tempfile.TemporaryDirectory() as folder:
         database = Path(folder, "home", "alerts.db")
         assert firing_alerts(database) == []
-        app = operator_app(make_wsgi_app(Metrics().registry), database)
-        assert post(app, json.dumps({"alerts": [drifted]}).encode()) == "204 No Content"
-        post(app, json.dumps({"alerts": [drifted]}).encode())  # Alertmanager repeats a firing alert
+        nudges = []
+        client = TestClient(OperatorApp(Metrics().registry, database, lambda: nudges.append(1)))
+
+        def post(content: bytes) -> int:
+            return client.post("/alerts", content=content).status_code
+
+        assert post(json.dumps({"alerts": [drifted]}).encode()) == 204
+        post(json.dumps({"alerts": [drifted]}).encode())  # Alertmanager repeats a firing alert
         print(firing_alerts(database))
         assert [alert.name for alert in firing_alerts(database)] == ["SrsysDrift"]
         assert firing_alerts(database, time.time() + 90_000) == []  # more than a day later
-        post(app, json.dumps({"alerts": [drifted | {"status": "resolved"}]}).encode())
+        post(json.dumps({"alerts": [drifted | {"status": "resolved"}]}).encode())
         assert firing_alerts(database) == []
-        assert post(app, b"{") == post(app, b"[1]") == "400 Bad Request"
-        assert post(app, b"", "GET") == "405 Method Not Allowed"
-        assert post(app, bytes(2 << 20)) == "413 Content Too Large"
-        assert post(app, b"", "GET", "/metrics") == "200 OK"
+        assert post(b"{") == post(b"[1]") == post(b"[" * 200_000) == 400
+        assert client.get("/alerts").status_code == client.get("/nudge").status_code == 405
+        assert client.post("/nudge").status_code == 202 and nudges == [1]
+        assert client.get("/metrics").status_code == 200
 
 
 def test_one_log_line_per_request():

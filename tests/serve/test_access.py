@@ -14,6 +14,7 @@ from contextlib import suppress
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
+from starlette.datastructures import Headers
 
 from srsys.monitor.telemetry import Metrics
 from srsys.serve.access import AccessMiddleware
@@ -81,7 +82,7 @@ def test_tokens():
 
 
 def test_rate_limit():
-    from srsys.serve.access import RateLimiter
+    from srsys.serve.access import RateLimiter, client_network
 
     # serve/05_access.ipynb #lesson-rates
     now = 0.0
@@ -93,6 +94,13 @@ def test_rate_limit():
     assert rates.take(0) == 20
     now = 1000.0
     assert [rates.take(0) for _ in range(4)] == [0, 0, 0, 20], "a bucket never holds more than a minute's worth"
+    few = RateLimiter(3, lambda: now, max_callers=2)
+    assert [few.take(caller) for caller in "aaaab"] == [0, 0, 0, 20, 0] and few.wait("a") == 20
+    few.take("c")
+    assert len(few.buckets) == 2 and few.wait("a") == 0, "the least recent caller is forgotten"
+    assert client_network({"client": ("192.0.2.7", 1)}) == "192.0.2.7"
+    assert client_network({"client": ("2001:db8::1:2", 1)}) == client_network({"client": ("2001:db8::7", 1)})
+    assert client_network({}) == ""
 
 
 def test_size_and_speed_of_an_upload():
@@ -136,12 +144,40 @@ def test_size_and_speed_of_an_upload():
     assert error.status == 408 and "did not arrive in time" in str(error)
 
 
+def test_requests_of_other_sites():
+    from srsys.serve.access import AccessPolicy, SiteCheck
+
+    # serve/05_access.ipynb #lesson-hosts
+    def site(policy=AccessPolicy(bind_host="0.0.0.0", hosts=("photos.example",)), method="POST", path="/", **headers):
+        "The error word for a request that arrived at 192.0.2.7, or empty."
+        scope = {"method": method, "path": path, "server": ("192.0.2.7", 7860)}
+        try:
+            SiteCheck(policy).check(scope, Headers({name.replace("_", "-"): value for name, value in headers.items()}))
+        except RequestError as error:
+            return error.error
+        return ""
+
+    names = ("localhost", "127.0.0.1:7860", "[::1]:7860", "192.0.2.7:7860", socket.gethostname(), "PHOTOS.example.:80")
+    for host in names:
+        assert site(host=host) == "", host
+    for host in ("attacker.example", "192.0.2.8", "localhost.attacker.example", "user@localhost", "[::1", " "):
+        assert site(host=host) == site(host=host, method="GET") == "wrong_host", host
+    assert site(host="10.1.2.3:7860", method="GET", path="/livez") == ""
+    assert site(host="10.1.2.3:7860", method="POST", path="/livez") == "wrong_host"
+    for origin in ("http://localhost:7860", "https://photos.example"):
+        assert site(host="localhost:7860", origin=origin) == "", origin
+    for origin in ("http://attacker.example", "http://localhost:3000", "http://localhost", "null", ""):
+        assert site(host="localhost:7860", origin=origin) == "cross_site", origin
+    assert site(host="photos.example", origin="https://photos.example:443") == ""
+    assert site(AccessPolicy(), host="testserver") == "", "a policy without an address checks no host"
+
+
 def test_the_middleware_around_every_request():
     from srsys.serve.access import AccessPolicy
 
     # serve/05_access.ipynb #lesson-frame
     with TestClient(small_app(AccessPolicy())) as client:
-        headers = {"X-Request-Id": "lesson-0001", "Origin": "https://elsewhere.example"}
+        headers = {"X-Request-Id": "lesson-0001", "Origin": "http://testserver"}
         response = client.post("/v1/restore", content=b"x" * 1000, headers=headers)
         assert response.json() == {"bytes": 1000}
         assert response.headers["x-request-id"] == "lesson-0001"
@@ -189,6 +225,12 @@ def test_the_middleware_around_every_request():
         wrong = {"Authorization": "Bearer correct-horse-batterx"}
         assert client.post("/v1/restore", headers=wrong).status_code == 401
     assert metrics.registry.get_sample_value("srsys_http_requests_total", {"route": "/v1/restore", "code": "401"}) == 2
+    with TestClient(small_app(AccessPolicy(TOKENS, failures_per_minute=2))) as client:
+        guesses = [client.get("/", headers=wrong) for _ in range(3)]
+        assert [guess.status_code for guess in guesses] == [401, 401, 429]
+        assert 1 <= int(guesses[2].headers["retry-after"]) <= 31
+        assert client.post("/v1/restore", headers=bearer).status_code == 429, "a right guess is not recognised either"
+        assert client.post("/v1/restore").status_code == 401 and client.get("/livez").status_code == 200
 
 
 def test_a_timeout_for_the_head_of_a_request():

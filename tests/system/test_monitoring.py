@@ -124,7 +124,9 @@ def watched(system_package, started, served, tmp_path):
             text = text.replace(old, new)
         (folder / name).write_text(text)
 
-    adapt("alertmanager.yml", host=("app:9464", here))
+    (folder / "alert_token").write_text("a-token-of-alertmanager")
+    secret = ("/run/secrets/alert_token", str(folder / "alert_token"))
+    adapt("alertmanager.yml", host=("app:9464", here), token=secret)
     adapt("rules/alerts.yml", patience=("for: 2h", "for: 0s"))
     alertmanager = started(
         "alertmanager",
