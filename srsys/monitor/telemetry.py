@@ -420,6 +420,13 @@ class Metrics(MetricSet):
             ]
         },
     )
+    dropped = DeclaredMetric(
+        Counter,
+        "dropped_records",
+        "Measurements and votes that could not be written to their database.",
+        labels=("store",),
+        initial=[("monitor",), ("feedback",)],
+    )
 
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #leave

@@ -255,6 +255,7 @@ ERROR_STATUS_TEXT: dict[int, tuple[str, dict[str, str]]] = {
             "too_late": "cat.png waited 121 s, longer than it may",
             "model_unavailable": "photo-x4: the weights are not those that were registered",
             "no_room": "the server has no room for the result at the moment",
+            "not_recorded": "the vote cannot be stored at the moment; try again",
         },
     ),
 }
@@ -500,7 +501,7 @@ def _add_restore_routes(app: FastAPI, engine: Engine, feedback_db: Path) -> None
         "Every model in use, with its measured time, and every unavailable one with the reason."
         return describe_models(engine.table)
 
-    @app.post("/v1/feedback", status_code=201, responses=error_responses(*ACCESS_STATUSES, 422))
+    @app.post("/v1/feedback", status_code=201, responses=error_responses(*ACCESS_STATUSES, 422, 503))
     async def give_feedback(vote: Feedback) -> dict:
         "Say whether a result was better; a second vote on a result replaces the first."
         await asyncio.to_thread(store_feedback, feedback_db, vote, models_by_request.get(vote.request_id))

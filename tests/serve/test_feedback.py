@@ -6,6 +6,8 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+from srsys.serve.admission import RequestError
+
 
 def test_where_votes_are_stored():
     from srsys.serve.feedback import Feedback, store_feedback
@@ -49,3 +51,20 @@ def test_where_votes_are_stored():
         db.execute("INSERT INTO feedback (request_id, vote, reason) VALUES ('request-0', 'up', '')")
     store_feedback(path, Feedback(request_id="request-1", vote="down"), "srsys-fast-x4/1")
     assert stored() == [("request-0", "up", "", None, None), ("request-1", "down", "", "srsys-fast-x4/1", None)]
+
+    # serve/07_feedback.ipynb #lesson-keep-locked
+    path = Path(home.name) / "more.db"
+    store_feedback(path, Feedback(request_id="request-10", vote="up"), None, cat)
+    store_feedback(path, Feedback(request_id="request-1", vote="up"))
+    assert (Path(home.name) / "more/request-10.png").exists()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        try:
+            store_feedback(path, Feedback(request_id="request-1", vote="down"))
+        except RequestError as error:
+            assert (error.status, error.error) == (503, "not_recorded")
+        else:
+            raise AssertionError("stored in a locked database")
+    path.write_bytes(b"not a database" * 500)
+    store_feedback(path, Feedback(request_id="request-1", vote="down"))
+    assert stored() == [("request-1", "down", "", None, None)] and list(Path(home.name).glob("more.db.broken-*"))
