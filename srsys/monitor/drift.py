@@ -8,6 +8,7 @@ __all__ = [
     "KEEP_SECONDS",
     "MAX_ROWS",
     "BUSY_SECONDS",
+    "Result",
     "GOLDEN_NOTE",
     "MeasureLog",
     "MeasureRecorder",
@@ -29,6 +30,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
@@ -59,6 +61,8 @@ FEATURES = (
 KEEP_SECONDS = 400 * 86_400.0  # how long a row is kept
 MAX_ROWS = 1_000_000  # about 150 MB
 BUSY_SECONDS = 0.5  # for which the server's writer waits for a locked database; then it tries again later
+
+Result = TypeVar("Result")
 
 
 class MeasureLog:
@@ -110,18 +114,22 @@ class MeasureLog:
         A file that was deleted meanwhile is made again, and a damaged one is set aside.
         """
         with self._lock:
-            try:
-                if not self._in_place():
-                    self._db.close()
-                    self._open()
-                self._insert(rows)
-            except sqlite3.Error as error:
-                if not is_damaged(error):
-                    raise
+            if not self._in_place():
                 self._db.close()
-                set_aside(self.path, error)
                 self._open()
-                self._insert(rows)
+            self._guarded(lambda: self._insert(rows))
+
+    def _guarded(self, action: Callable[[], Result]) -> Result:
+        "Do something with the database; if it is damaged, set it aside and do it with a new one."
+        try:
+            return action()
+        except sqlite3.Error as error:
+            if not is_damaged(error):
+                raise
+            self._db.close()
+            set_aside(self.path, error)
+            self._open()
+            return action()
 
     def _in_place(self) -> bool:
         "Whether the open file is still the one at the path."
@@ -152,14 +160,14 @@ class MeasureLog:
             "WHERE at >= ? AND at < ? AND model = IFNULL(?, model) ORDER BY at"
         )
         with self._lock:
-            rows = self._db.execute(query, (start, stop, model)).fetchall()
+            rows = self._guarded(lambda: self._db.execute(query, (start, stop, model)).fetchall())
         table = np.array(rows, float).reshape(-1, len(FEATURES))
         return {name: column[np.isfinite(column)] for name, column in zip(FEATURES, table.T, strict=True)}
 
     def forget(self, before: float) -> int:
         "Delete older rows; return how many"
         with self._lock:
-            return self._db.execute("DELETE FROM pictures WHERE at < ?", (before,)).rowcount
+            return self._guarded(lambda: self._db.execute("DELETE FROM pictures WHERE at < ?", (before,)).rowcount)
 
     def trim(self, before: float, max_rows: int = MAX_ROWS) -> None:
         "Delete older rows, and the oldest ones beyond a number, and give the space back to the file system."
@@ -314,14 +322,16 @@ def count_votes(
     start: float = 0,  # seconds since 1970
     model: str | None = None,  # only votes on its results
 ) -> tuple[int, int]:  # thumbs down, all votes
-    "Count the votes since a time; 0 if there is no database."
+    "Count the votes since a time; 0 if there is no database. A damaged one is set aside."
     if not Path(path).exists():
         return 0, 0
     query = (
         "SELECT SUM(vote = 'down'), COUNT(*) FROM feedback "
         "WHERE CAST(STRFTIME('%s', at) AS INTEGER) >= ? AND (? IS NULL OR model = ?)"
     )
-    with closing(sqlite3.connect(path, timeout=10)) as db:
+    with closing(open_database(Path(path), lambda db: db.execute("PRAGMA schema_version"))) as db:
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'feedback'").fetchone():
+            return 0, 0
         down, count = db.execute(query, (start, model, model)).fetchone()
     return down or 0, count
 

@@ -48,6 +48,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from pythonjsonlogger.json import JsonFormatter
 
+from .databases import open_database
+
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #panel
 @dataclass(frozen=True)
@@ -527,12 +529,20 @@ class Alert:
     since: str  # as Alertmanager writes it: 2026-11-24T17:30:25Z
 
 
+def _create_alerts(db: sqlite3.Connection) -> None:
+    columns = "labels TEXT PRIMARY KEY, name TEXT, summary TEXT, since TEXT, seen REAL"
+    db.execute(f"CREATE TABLE IF NOT EXISTS alerts ({columns})")
+
+
 def store_alerts(
     path: Path,  # SRSYS_HOME/alerts.db
     message: dict,  # what Alertmanager posts: {"alerts": [{"status", "labels", "annotations", "startsAt"}]}
     now: float | None = None,  # seconds since 1970
 ) -> None:
-    "Store the firing alerts of a message and delete the resolved ones. Raises ValueError for an invalid message."
+    """Store the firing alerts of a message and delete the resolved ones. A damaged database is set aside.
+
+    Raises ValueError for an invalid message.
+    """
     try:
         rows = [
             (
@@ -547,10 +557,8 @@ def store_alerts(
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected the alerts that Alertmanager posts: {error!r}") from error
     seen = time.time() if now is None else now
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=10)) as db, db:
-        columns = "labels TEXT PRIMARY KEY, name TEXT, summary TEXT, since TEXT, seen REAL"
-        db.execute(f"CREATE TABLE IF NOT EXISTS alerts ({columns})")
+    with closing(open_database(path, _create_alerts)) as db, db:
+        db.execute("BEGIN IMMEDIATE")
         for labels, name, summary, since, firing in rows:
             db.execute("DELETE FROM alerts WHERE labels = ?", (labels,))
             if firing:
@@ -562,7 +570,7 @@ def firing_alerts(path: Path, now: float | None = None) -> list[Alert]:
     if not path.exists():
         return []
     after = (time.time() if now is None else now) - ALERT_EXPIRY
-    with closing(sqlite3.connect(path, timeout=10)) as db:
+    with closing(open_database(path, _create_alerts)) as db:
         rows = db.execute("SELECT name, summary, since FROM alerts WHERE seen > ? ORDER BY since", (after,)).fetchall()
     return [Alert(*row) for row in rows]
 

@@ -460,6 +460,8 @@ def create_api(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.warming = asyncio.create_task(asyncio.to_thread(engine.warm))
+        # a failure is reported by /readyz and when the server ends; asyncio need not print it too
+        app.state.warming.add_done_callback(lambda task: task.cancelled() or task.exception())
         async with AsyncExitStack() as running:
             if mounted:
                 await running.enter_async_context(mounted.router.lifespan_context(mounted))

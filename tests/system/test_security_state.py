@@ -1,7 +1,9 @@
 """Protects the server against locked, damaged and missing state: pictures never wait for what is only measured."""
 
+import os
 import re
 import sqlite3
+import subprocess
 import time
 from contextlib import closing
 
@@ -9,16 +11,20 @@ import httpx
 import pytest
 from skimage import data
 
-from tests.system.conftest import PATIENCE, encoded, wait_until
+from tests.system.conftest import PATIENCE, SRSYS, encoded, wait_until
 
 pytestmark = pytest.mark.timeout(900)
+DATABASES = ("monitor.db", "feedback.db", "alerts.db")
 SMALL = encoded(data.astronaut()[:60, 180:240])
 
 
 @pytest.fixture(scope="module")
 def running(serve_long, tmp_path_factory):
-    "One server for this file."
-    return serve_long(tmp_path_factory.mktemp("state"))
+    "One server for this file. Its home has damaged databases of votes, measurements and alerts from the beginning."
+    home = tmp_path_factory.mktemp("state")
+    for name in DATABASES:
+        (home / name).write_bytes(b"not a database\n" * 1000)
+    return serve_long(home)
 
 
 def restore(running):
@@ -39,6 +45,57 @@ def rows(path, table):
             return db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]
     except sqlite3.Error:
         return 0
+
+
+def test_damaged_databases_are_set_aside(running):
+    answer = restore(running)
+    assert answer.status_code == 200
+    assert vote_on(running, answer).status_code == 201
+    alert = {"labels": {"alertname": "Slow"}, "status": "firing", "startsAt": "2026-11-24T17:30:25Z"}
+    alerts = running.metrics.replace("/metrics", "/alerts")
+    assert httpx.post(alerts, json={"alerts": [alert]}, timeout=PATIENCE).status_code == 204
+    for name, table in zip(DATABASES, ("pictures", "feedback", "alerts"), strict=True):
+        wait_until(lambda name=name, table=table: rows(running.home / name, table) == 1, running.process)
+        (broken,) = running.home.glob(f"{name}.broken-*")
+        assert re.fullmatch(rf"{name}\.broken-\d{{8}}-\d{{6}}", broken.name)
+        assert broken.read_bytes().startswith(b"not a database")
+
+
+def test_a_deleted_monitor_database_is_made_again(running):
+    path = running.home / "monitor.db"
+    assert restore(running).status_code == 200
+    wait_until(lambda: rows(path, "pictures"), running.process)
+    for file in running.home.glob("monitor.db*"):
+        if "broken" not in file.name:
+            file.unlink()
+    assert restore(running).status_code == 200
+    wait_until(lambda: path.exists() and rows(path, "pictures") == 1, running.process)
+
+
+def last_words(home):
+    "What a server that does not start prints after its first line."
+    environment = os.environ | {"SRSYS_HOME": str(home)}
+    command = [SRSYS, "serve", "--port", "0", "--metrics-port", "0"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 1, ended
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.stderr.splitlines()
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / "home"  # also root cannot make a folder in a file
+    (line,) = last_words(home)
+    assert line.startswith(f"srsys: SRSYS_HOME {home}") and "another folder" in line
+
+
+def test_a_damaged_registry_is_named(tmp_path):
+    "Also if the copy of the last champions is damaged too."
+    (tmp_path / "mlflow.db").write_text("Dear diary" * 1000)
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving" / "champions.json").write_text('{"photo-x4": ')
+    line = last_words(tmp_path)[-1]
+    assert str(tmp_path / "mlflow.db") in line and "move" in line and "shipped models" in line
 
 
 def test_a_locked_monitor_database_delays_no_picture(running):
