@@ -30,6 +30,7 @@ from .mlflow_server import mlflow_command, start_child_process
 from .model_table import ModelTable, RegistryWatcher, load_table, refresh_table, with_nudge_route
 from .page import create_page_app
 from .shutdown import DrainingServer, run_server
+from .temporary_files import private_folder
 
 
 # %% ../../nbs/serve/15_server.ipynb #claim
@@ -141,9 +142,9 @@ def run_service(
         return refresh_table(table, store, device, precision)
 
     print("srsys is starting …", flush=True)
-    with tempfile.TemporaryDirectory(prefix="srsys-") as folder:
+    with private_folder() as folder:
         engine = Engine(load, metrics=metrics, on_warm=on_warm)
-        app = create_page_app(engine, home, Path(folder), policy)
+        app = create_page_app(engine, home, folder, policy)
         with _watching_registry(engine, look_for_models, poll, metrics_server):
             run_server(DrainingServer(app, engine, stop, policy), listener)
     _end(keepers, metrics_server)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import time
@@ -126,3 +127,21 @@ def test_a_vote_does_not_wait_for_a_locked_database(running):
     assert (refused.status_code, refused.json()["error"]) == (503, "not_recorded") and refused.headers["retry-after"]
     assert seconds < 8
     assert vote_on(running, answer).status_code == 201
+
+
+def test_pictures_of_a_killed_server_are_deleted_at_the_next_start(serve, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    killed = serve(tmp_path / "home", TMPDIR=str(temporary))
+    content = b"--x\r\nContent-Disposition: form-data; name=file; filename=a.png\r\n\r\n" + SMALL + b"\r\n--x--\r\n"
+    upload = {"content-type": "multipart/form-data; boundary=x"}
+    assert httpx.post(killed.page + "/page/pictures", content=content, headers=upload, timeout=PATIENCE).is_success
+    killed.end(signal.SIGKILL)
+    left = [path for path in temporary.rglob("upload")]
+    assert left and left[0].read_bytes() == SMALL
+    folders = [path for path in temporary.iterdir() if path in left[0].parents]
+    assert folders[0].stat().st_mode & 0o777 == 0o700
+    running = serve(tmp_path / "home", TMPDIR=str(temporary))
+    assert not left[0].exists() and not folders[0].exists()
+    assert running.end() == 0
+    assert not list(temporary.rglob("*.png"))
