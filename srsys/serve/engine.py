@@ -343,12 +343,17 @@ def read_in_worker(
     task: Callable[..., worker_pool.Result],
     *args: object,
 ) -> worker_pool.Result:
-    "Run a task that reads a client's file in a worker. Raises as the task does, and ImageError if its workers crash."
+    """Run a task that reads a client's file in a worker.
+
+    Raises as the task does, ImageError if its workers crash, and RequestError 503 if they are held up.
+    """
     try:
         return pool.call(task, *args)
     except worker_pool.WorkerCrashed as error:
         if pool.closed:
             raise _shutting_down() from error
+        if error.stalled:
+            raise RequestError(503, "too_late", f"{name}: the server had no time to read it; try again", 10) from error
         raise image.ImageError(f"{name}: broken, or not to be read in reasonable time and memory") from error
 
 

@@ -136,3 +136,28 @@ def test_the_pool():
     assert refusal(WorkerCrashed, answer.result) == "the pool is closed"
     hurried.close()
     assert remaining and all(worker.process.returncode is not None for worker in remaining)
+
+
+def test_workers_that_are_stopped_and_what_they_must_not_know():
+    from srsys.serve.worker_pool import WorkerCrashed, WorkerPool
+
+    # serve/01_worker_pool.ipynb #lesson-stopped
+    os.environ["SRSYS_TOKENS"] = "a-token-of-at-least-16"
+    pool = WorkerPool(1)
+    first = pool.call(os.getpid)
+    assert pool.call(os.getenv, "SRSYS_TOKENS") is None and pool.call(os.getenv, "PATH")
+    os.kill(first, signal.SIGSTOP)
+    assert pool.call(os.getpid) != first
+    pool.close()
+    del os.environ["SRSYS_TOKENS"]
+
+    for task, argument, stalled in [(time.sleep, 60, True), (sum, range(10**12), False)]:
+        pool = WorkerPool(1, seconds=2)
+        pool.call(os.getpid)
+        try:
+            pool.call(task, argument)
+        except WorkerCrashed as error:
+            assert error.stalled == stalled, task
+        else:
+            raise AssertionError("not ended")
+        pool.close()

@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 
 import httpx
+import psutil
 import pytest
 from skimage import data
 
@@ -145,3 +146,19 @@ def test_pictures_of_a_killed_server_are_deleted_at_the_next_start(serve, tmp_pa
     assert not left[0].exists() and not folders[0].exists()
     assert running.end() == 0
     assert not list(temporary.rglob("*.png"))
+
+
+def test_stopped_workers_are_replaced_and_know_no_secrets(serve, tmp_path):
+    running = serve(tmp_path, SRSYS_SIGNING_KEY_FILE="/nowhere/key", AWS_SECRET_ACCESS_KEY="secret", MLFLOW_X="secret")
+    assert restore(running).status_code == 200
+
+    def workers():
+        children = psutil.Process(running.process.pid).children(recursive=True)
+        return [child for child in children if any("worker_pool" in word for word in child.cmdline())]
+
+    found = workers()
+    assert found
+    for worker in found:
+        assert not [name for name in worker.environ() if name.startswith(("SRSYS_TOKENS", "SRSYS_SIGN", "AWS", "MLFL"))]
+        worker.suspend()
+    assert restore(running).status_code == 200
