@@ -68,3 +68,32 @@ def test_where_votes_are_stored():
     path.write_bytes(b"not a database" * 500)
     store_feedback(path, Feedback(request_id="request-1", vote="down"))
     assert stored() == [("request-1", "down", "", None, None)] and list(Path(home.name).glob("more.db.broken-*"))
+
+
+def test_who_may_vote_on_what():
+    from srsys.serve.feedback import RESULT_AGE, VOTES_PER_MINUTE, IssuedResults
+
+    # serve/07_feedback.ipynb #lesson-issued
+    now = [0.0]
+    results = IssuedResults(lambda: now[0])
+    results.add("request-1", "token 0", "srsys-photo-x4/1")
+    results.add("request-1", "token 1", "srsys-fast-x4/1")  # another client uses the same id
+    assert results.model_of("request-1", "token 0") == "srsys-photo-x4/1"
+
+    def refused(function, *args):
+        try:
+            function(*args)
+        except RequestError as error:
+            return error.status, error.error
+        raise AssertionError("not refused")
+
+    for client, request_id in [("token 1", "request-1"), ("token 0", "request-2"), ("", "request-2")]:
+        assert refused(results.model_of, request_id, client) == (422, "unknown_result")
+    for _ in range(VOTES_PER_MINUTE):
+        results.check_rate("token 0")
+    assert refused(results.check_rate, "token 0") == (429, "too_often")
+    results.check_rate("token 1")
+    now[0] = 61.0
+    results.check_rate("token 0")
+    now[0] = RESULT_AGE
+    assert refused(results.model_of, "request-1", "token 0") == (422, "unknown_result")

@@ -138,7 +138,7 @@ def test_pictures_of_a_killed_server_are_deleted_at_the_next_start(serve, tmp_pa
     upload = {"content-type": "multipart/form-data; boundary=x"}
     assert httpx.post(killed.page + "/page/pictures", content=content, headers=upload, timeout=PATIENCE).is_success
     killed.end(signal.SIGKILL)
-    left = [path for path in temporary.rglob("upload")]
+    left = list(temporary.rglob("upload"))
     assert left and left[0].read_bytes() == SMALL
     folders = [path for path in temporary.iterdir() if path in left[0].parents]
     assert folders[0].stat().st_mode & 0o777 == 0o700
