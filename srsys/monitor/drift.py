@@ -5,8 +5,13 @@
 # %% auto #0
 __all__ = [
     "FEATURES",
+    "KEEP_SECONDS",
+    "MAX_ROWS",
+    "BUSY_SECONDS",
+    "Result",
     "GOLDEN_NOTE",
     "MeasureLog",
+    "MeasureRecorder",
     "Drift",
     "holm_correction",
     "compare_features",
@@ -21,15 +26,17 @@ __all__ = [
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
 from ..image import Picture, open_picture, save_picture
+from .databases import RecordWriter, is_damaged, open_database, set_aside
 
 # %% ../../nbs/monitor/02_drift.ipynb #features
 FEATURES = (
@@ -50,36 +57,96 @@ FEATURES = (
     "colour_shift",
 )
 
-
 # %% ../../nbs/monitor/02_drift.ipynb #log
+KEEP_SECONDS = 400 * 86_400.0  # how long a row is kept
+MAX_ROWS = 1_000_000  # about 150 MB
+BUSY_SECONDS = 0.5  # for which the server's writer waits for a locked database; then it tries again later
+
+Result = TypeVar("Result")
+
+
 class MeasureLog:
     "The log of measurements in SRSYS_HOME/monitor.db; safe for several threads and processes"
 
-    def __init__(self, path: Path | str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    def __init__(self, path: Path | str, timeout: float = 10.0) -> None:  # seconds to wait for a locked database
+        self.path, self.timeout = Path(path), timeout
         self._lock = Lock()
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose the last rows, but not the file
-        self._db.execute(f"CREATE TABLE IF NOT EXISTS pictures (at REAL, model TEXT, {' REAL, '.join(FEATURES)} REAL)")
-        self._db.execute("CREATE INDEX IF NOT EXISTS by_time ON pictures (at)")
+        self._open()
 
-    def append(
-        self,
+    def _open(self) -> None:
+        self._db = open_database(self.path, self._prepare, self.timeout)
+        self._inode = self.path.stat().st_ino
+
+    @staticmethod
+    def _prepare(db: sqlite3.Connection) -> None:
+        if not db.execute("PRAGMA page_count").fetchone()[0]:
+            db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # has an effect only on an empty database
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose the last rows, but not the file
+        db.execute(f"PRAGMA journal_size_limit={16 << 20}")
+        db.execute(f"CREATE TABLE IF NOT EXISTS pictures (at REAL, model TEXT, {' REAL, '.join(FEATURES)} REAL)")
+        db.execute("CREATE INDEX IF NOT EXISTS by_time ON pictures (at)")
+
+    @staticmethod
+    def row(
         values: dict[str, float],  # of `measure_input` and `measure_output`
         model: str = "",  # srsys-photo-x4/3
         at: float | None = None,  # seconds since 1970; now, if not given
-    ) -> bool:  # False if the row could not be written
-        "Write the measurements of one picture. Raises `ValueError` for a name that is not in `FEATURES`."
+    ) -> tuple:
+        "Return the measurements of one picture as a row. Raises `ValueError` for a name that is not in `FEATURES`."
         if unknown := values.keys() - set(FEATURES):
             raise ValueError(f"not features: {', '.join(sorted(unknown))}")
-        row = [time.time() if at is None else at, model, *map(values.get, FEATURES)]
+        return (time.time() if at is None else at, model, *map(values.get, FEATURES))
+
+    def append(
+        self, values: dict[str, float], model: str = "", at: float | None = None
+    ) -> bool:  # False if the row could not be written
+        "Write the measurements of one picture, which are given as to `row`."
         try:
-            with self._lock:
-                self._db.execute(f"INSERT INTO pictures VALUES ({', '.join('?' * len(row))})", row)
+            self.append_rows([self.row(values, model, at)])
         except sqlite3.OperationalError:
             return False
         return True
+
+    def append_rows(self, rows: list[tuple]) -> None:
+        """Write rows in one transaction. Raises sqlite3.Error or OSError if that fails.
+
+        A file that was deleted meanwhile is made again, and a damaged one is set aside.
+        """
+        with self._lock:
+            if not self._in_place():
+                self._db.close()
+                self._open()
+            self._guarded(lambda: self._insert(rows))
+
+    def _guarded(self, action: Callable[[], Result]) -> Result:
+        "Do something with the database; if it is damaged, set it aside and do it with a new one."
+        try:
+            return action()
+        except sqlite3.Error as error:
+            if not is_damaged(error):
+                raise
+            self._db.close()
+            set_aside(self.path, error)
+            self._open()
+            return action()
+
+    def _in_place(self) -> bool:
+        "Whether the open file is still the one at the path."
+        try:
+            return self.path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    def _insert(self, rows: list[tuple]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(f"INSERT INTO pictures VALUES ({', '.join('?' * (2 + len(FEATURES)))})", rows)
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     def window(
         self,
@@ -93,18 +160,63 @@ class MeasureLog:
             "WHERE at >= ? AND at < ? AND model = IFNULL(?, model) ORDER BY at"
         )
         with self._lock:
-            rows = self._db.execute(query, (start, stop, model)).fetchall()
+            rows = self._guarded(lambda: self._db.execute(query, (start, stop, model)).fetchall())
         table = np.array(rows, float).reshape(-1, len(FEATURES))
         return {name: column[np.isfinite(column)] for name, column in zip(FEATURES, table.T, strict=True)}
 
     def forget(self, before: float) -> int:
         "Delete older rows; return how many"
         with self._lock:
-            return self._db.execute("DELETE FROM pictures WHERE at < ?", (before,)).rowcount
+            return self._guarded(lambda: self._db.execute("DELETE FROM pictures WHERE at < ?", (before,)).rowcount)
+
+    def trim(self, before: float, max_rows: int = MAX_ROWS) -> None:
+        "Delete older rows, and the oldest ones beyond a number, and give the space back to the file system."
+        self.forget(before)
+        with self._lock:
+            newest = self._db.execute("SELECT MAX(rowid) FROM pictures").fetchone()[0] or 0
+            self._db.execute("DELETE FROM pictures WHERE rowid <= ?", (newest - max_rows,))
+            if self._db.execute("PRAGMA auto_vacuum").fetchone()[0]:
+                self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free one page only
+            elif self._db.execute("PRAGMA freelist_count").fetchone()[0]:  # made by an earlier version
+                self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+                self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
         "Close the database"
         self._db.close()
+
+
+class MeasureRecorder:
+    "Writes measurements to a `MeasureLog` in a thread of its own; nobody waits for it."
+
+    def __init__(
+        self,
+        path: Path,  # opened in the thread, when there is something to write
+        on_drop: Callable[[int], object] = lambda count: None,  # called with the number of records dropped
+    ) -> None:
+        self.path = path
+        self.log: MeasureLog | None = None
+        self.trimmed = -np.inf  # when, in seconds
+        self.writer: RecordWriter[tuple[float, str, dict[str, float]]] = RecordWriter(path.name, self._write, on_drop)
+
+    def record(self, values: dict[str, float], model: str) -> None:
+        "Queue the measurements of one picture."
+        self.writer.add((time.time(), model, values))
+
+    def _write(self, records: list[tuple[float, str, dict[str, float]]]) -> None:
+        self.log = self.log or MeasureLog(self.path, BUSY_SECONDS)
+        self.log.append_rows([MeasureLog.row(values, model, at) for at, model, values in records])
+        now = time.time()
+        if now - self.trimmed > 3600:
+            self.trimmed = now
+            with suppress(sqlite3.Error):  # the records are written; trimmed again in an hour
+                self.log.trim(now - KEEP_SECONDS)
+
+    def close(self) -> None:
+        "Write what is waiting, for at most some seconds."
+        if self.writer.close() and self.log:
+            self.log.close()
 
 
 # %% ../../nbs/monitor/02_drift.ipynb #drift
@@ -210,14 +322,16 @@ def count_votes(
     start: float = 0,  # seconds since 1970
     model: str | None = None,  # only votes on its results
 ) -> tuple[int, int]:  # thumbs down, all votes
-    "Count the votes since a time; 0 if there is no database."
+    "Count the votes since a time; 0 if there is no database. A damaged one is set aside."
     if not Path(path).exists():
         return 0, 0
     query = (
         "SELECT SUM(vote = 'down'), COUNT(*) FROM feedback "
         "WHERE CAST(STRFTIME('%s', at) AS INTEGER) >= ? AND (? IS NULL OR model = ?)"
     )
-    with closing(sqlite3.connect(path, timeout=10)) as db:
+    with closing(open_database(Path(path), lambda db: db.execute("PRAGMA schema_version"))) as db:
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'feedback'").fetchone():
+            return 0, 0
         down, count = db.execute(query, (start, model, model)).fetchone()
     return down or 0, count
 

@@ -51,6 +51,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from .databases import open_database
+
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #panel
 @dataclass(frozen=True)
@@ -423,6 +425,13 @@ class Metrics(MetricSet):
             ]
         },
     )
+    dropped = DeclaredMetric(
+        Counter,
+        "dropped_records",
+        "Measurements and votes that could not be written to their database.",
+        labels=("store",),
+        initial=[("monitor",), ("feedback",)],
+    )
 
 
 # %% ../../nbs/monitor/01_telemetry.ipynb #leave
@@ -523,12 +532,20 @@ class Alert:
     since: str  # as Alertmanager writes it: 2026-11-24T17:30:25Z
 
 
+def _create_alerts(db: sqlite3.Connection) -> None:
+    columns = "labels TEXT PRIMARY KEY, name TEXT, summary TEXT, since TEXT, seen REAL"
+    db.execute(f"CREATE TABLE IF NOT EXISTS alerts ({columns})")
+
+
 def store_alerts(
     path: Path,  # SRSYS_HOME/alerts.db
     message: dict,  # what Alertmanager posts: {"alerts": [{"status", "labels", "annotations", "startsAt"}]}
     now: float | None = None,  # seconds since 1970
 ) -> None:
-    "Store the firing alerts of a message and delete the resolved ones. Raises ValueError for an invalid message."
+    """Store the firing alerts of a message and delete the resolved ones. A damaged database is set aside.
+
+    Raises ValueError for an invalid message.
+    """
     try:
         rows = [
             (
@@ -545,10 +562,8 @@ def store_alerts(
     if not all(isinstance(value, str) for row in rows for value in row[:4]):
         raise ValueError("expected text as the name, the summary and the start of an alert")
     seen = time.time() if now is None else now
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=10)) as db, db:
-        columns = "labels TEXT PRIMARY KEY, name TEXT, summary TEXT, since TEXT, seen REAL"
-        db.execute(f"CREATE TABLE IF NOT EXISTS alerts ({columns})")
+    with closing(open_database(path, _create_alerts)) as db, db:
+        db.execute("BEGIN IMMEDIATE")
         for labels, name, summary, since, firing in rows:
             db.execute("DELETE FROM alerts WHERE labels = ?", (labels,))
             if firing:
@@ -560,7 +575,7 @@ def firing_alerts(path: Path, now: float | None = None) -> list[Alert]:
     if not path.exists():
         return []
     after = (time.time() if now is None else now) - ALERT_EXPIRY
-    with closing(sqlite3.connect(path, timeout=10)) as db:
+    with closing(open_database(path, _create_alerts)) as db:
         rows = db.execute("SELECT name, summary, since FROM alerts WHERE seen > ? ORDER BY since", (after,)).fetchall()
     return [Alert(*row) for row in rows]
 

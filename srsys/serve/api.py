@@ -12,7 +12,6 @@ __all__ = [
     "UPLOAD_FORMATS",
     "RESULT_HEADERS",
     "REQUEST_HEADERS",
-    "MAX_REMEMBERED_RESULTS",
     "RestoreFields",
     "read_form",
     "safe_filename",
@@ -29,6 +28,7 @@ __all__ = [
     "describe_models",
     "describe_version",
     "create_api",
+    "client_of",
 ]
 
 # %% ../../nbs/serve/08_api.ipynb #imports
@@ -55,10 +55,10 @@ from starlette.formparsers import MultiPartException
 from starlette.types import Receive, Scope, Send
 
 from ..registry import store
-from .access import AccessMiddleware, AccessPolicy, error_response
+from .access import AccessMiddleware, AccessPolicy, error_response, find_token, token_from_header
 from .admission import RequestError, RestoreRequest, RestoreResult, ServerLimits
 from .engine import Engine, RestoreJob
-from .feedback import Feedback, store_feedback
+from .feedback import Feedback, IssuedResults, store_feedback
 from .model_table import ModelTable
 
 # %% ../../nbs/serve/08_api.ipynb #fields
@@ -255,6 +255,7 @@ ERROR_STATUS_TEXT: dict[int, tuple[str, dict[str, str]]] = {
             "unknown_model": "there is no model 'mystery'; there are: fast-x4, photo-x4",
             "bad_scale": "the scale must be between 1 and 8, not 9",
             "bad_form": "the field 'quality': Input should be less than or equal to 100",
+            "unknown_result": "there is no such result of yours to vote on",
             "bad_request": "body.vote: Input should be 'up' or 'down'",
         },
     ),
@@ -272,6 +273,7 @@ ERROR_STATUS_TEXT: dict[int, tuple[str, dict[str, str]]] = {
             "too_late": "cat.png waited 121 s, longer than it may",
             "model_unavailable": "photo-x4: the weights are not those that were registered",
             "no_room": "the server has no room for the result at the moment",
+            "not_recorded": "the vote cannot be stored at the moment; try again",
         },
     ),
 }
@@ -467,9 +469,6 @@ def describe_version(table: ModelTable | None) -> dict[str, Any]:
 
 
 # %% ../../nbs/serve/08_api.ipynb #create-app
-MAX_REMEMBERED_RESULTS = 10_000  # whose models are known when a vote comes
-
-
 def create_api(
     engine: Engine,
     feedback_db: Path,  # feedback.db
@@ -481,6 +480,8 @@ def create_api(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.warming = asyncio.create_task(asyncio.to_thread(engine.warm))
+        # a failure is reported by /readyz and when the server ends; asyncio need not print it too
+        app.state.warming.add_done_callback(lambda task: task.cancelled() or task.exception())
         async with AsyncExitStack() as running:
             if mounted:
                 await running.enter_async_context(mounted.router.lifespan_context(mounted))
@@ -497,24 +498,28 @@ def create_api(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.engine = engine
+    app.state.engine, app.state.policy = engine, policy
     app.add_middleware(AccessMiddleware, metrics=engine.metrics, max_upload=engine.limits.bytes, policy=policy)
     _add_error_handlers(app)
-    _add_restore_routes(app, engine, feedback_db)
+    _add_restore_routes(app, engine, feedback_db, policy)
     _add_health_routes(app, engine)
     return app
 
 
-def _add_restore_routes(app: FastAPI, engine: Engine, feedback_db: Path) -> None:
-    models_by_request: dict[str, str] = {}  # the label of the model that made each of the last results
+def client_of(request: Request, policy: AccessPolicy) -> str:
+    "Return who sends a request: the number of the token or, if none is needed, the address."
+    if policy.tokens:
+        return f"token {find_token(token_from_header(request.headers.get('authorization', '')), policy.tokens)}"
+    return request.client.host if request.client else "unknown"
+
+
+def _add_restore_routes(app: FastAPI, engine: Engine, feedback_db: Path, policy: AccessPolicy) -> None:
+    results = app.state.results = IssuedResults()
 
     @app.post("/v1/restore", **restore_openapi())
     async def restore_picture(request: Request) -> Response:
         response, label = await _answer_restore(engine, request)
-        models_by_request[request.state.request_id] = label
-        if len(models_by_request) > MAX_REMEMBERED_RESULTS:
-            oldest = next(iter(models_by_request))
-            del models_by_request[oldest]
+        results.add(request.state.request_id, client_of(request, policy), label)
         return response
 
     @app.get("/v1/models", responses=error_responses(*ACCESS_STATUSES))
@@ -522,10 +527,12 @@ def _add_restore_routes(app: FastAPI, engine: Engine, feedback_db: Path) -> None
         "Every model in use, with its measured time, and every unavailable one with the reason."
         return describe_models(engine.table)
 
-    @app.post("/v1/feedback", status_code=201, responses=error_responses(*ACCESS_STATUSES, 422))
-    async def give_feedback(vote: Feedback) -> dict:
-        "Say whether a result was better; a second vote on a result replaces the first."
-        await asyncio.to_thread(store_feedback, feedback_db, vote, models_by_request.get(vote.request_id))
+    @app.post("/v1/feedback", status_code=201, responses=error_responses(*ACCESS_STATUSES, 422, 429, 503))
+    async def give_feedback(vote: Feedback, request: Request) -> dict:
+        "Say whether a result of yours was better; a second vote on a result replaces the first."
+        client = client_of(request, policy)
+        results.check_rate(client)
+        await asyncio.to_thread(store_feedback, feedback_db, vote, results.model_of(vote.request_id, client))
         engine.metrics.feedback.labels(vote.vote).inc()
         return {"kept": True}
 

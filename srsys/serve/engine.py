@@ -347,12 +347,17 @@ def read_in_worker(
     task: Callable[..., worker_pool._Result],
     *args: object,
 ) -> worker_pool._Result:
-    "Run a task that reads a client's file in a worker. Raises as the task does, and ImageError if its workers crash."
+    """Run a task that reads a client's file in a worker.
+
+    Raises as the task does, ImageError if its workers crash, and RequestError 503 if they are held up.
+    """
     try:
         return pool.call(task, *args)
     except worker_pool.WorkerCrashed as error:
         if pool.closed:
             raise _shutting_down() from error
+        if error.stalled:
+            raise RequestError(503, "too_late", f"{name}: the server had no time to read it; try again", 10) from error
         raise image.ImageError(f"{name}: broken, or not to be read in reasonable time and memory") from error
 
 
@@ -373,7 +378,7 @@ class Engine:
         self.load, self.on_warm = load, on_warm
         self.limits = limits
         self.metrics = metrics or Metrics()
-        self.measure_log: drift.MeasureLog | None = None  # keeps the measures of every picture
+        self.recorder: drift.MeasureRecorder | None = None  # keeps the measures of every picture
         self.table: ModelTable | None = None  # None until the engine is warm
         self.closing = False  # nothing more is admitted
         self.closed = False  # the device thread ends
@@ -449,10 +454,12 @@ class Engine:
             self.finish(job, job.cancel_reason or _shutting_down())
         for pool in (self.quick, self.slow):
             pool.close()
+        if self.recorder:
+            self.recorder.close()
 
     def record_measures(self, path: Path) -> None:
-        "Append the measures of every picture to a database from now on."
-        self.measure_log = drift.MeasureLog(path)
+        "Append the measures of every picture to a database from now on; no picture waits for it."
+        self.recorder = drift.MeasureRecorder(path, self.metrics.dropped.labels("monitor").inc)
 
     def pool_for(self, plan: restore.Plan) -> worker_pool.WorkerPool:
         "The pool that encodes a result and makes its previews: large ones never delay small ones."
@@ -626,9 +633,11 @@ class Engine:
         self.check_wanted(job)
         self._count(result)
         self.finish(job, result)
+        if self.recorder:
+            self.recorder.record(measures, work.label)
 
     def _count(self, result: RestoreResult) -> None:
-        "Record a result in the metrics and the log of measures."
+        "Record a result in the metrics."
         plan, metrics = result.plan, self.metrics
         self.seconds_per_picture = 0.7 * self.seconds_per_picture + 0.3 * result.seconds["infer"]
         for stage, seconds in result.seconds.items():
@@ -638,5 +647,3 @@ class Engine:
         metrics.retries.inc(plan.splits)
         metrics.again.inc(plan.recomputed)
         metrics.consistency.observe(result.consistency_db)
-        if self.measure_log:
-            self.measure_log.append(result.measures, result.label)

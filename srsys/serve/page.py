@@ -89,7 +89,7 @@ class PageService:
         job, status, label, error_word = None, 499, "", ""  # 499: the page was closed meanwhile
         try:
             source, name = self.folders.find(token, "upload"), self.folders.find(token, "name").read_text()
-            result_token, folder = self.folders.new()
+            result_token, folder = self.folders.new(self.folders.owner_of(token))
             telemetry.REQUEST_ID.set(result_token)
             request = RestoreRequest(source, name, model, parse_size(size))
             job = self.jobs[page] = self.engine.submit(request, folder)
@@ -262,7 +262,8 @@ def add_upload_routes(app: FastAPI, service: PageService, examples: Path) -> Non
 
     @app.post("/page/pictures", include_in_schema=False)
     async def upload(request: Request) -> dict:
-        token, folder = service.folders.new()
+        owner = api.client_of(request, policy) if (policy := app.state.policy).tokens else ""
+        token, folder = service.folders.new(owner)
         try:
             form = await api.read_form(request)
             restore_request = await asyncio.to_thread(api.parse_restore_request, form, folder)
@@ -288,7 +289,8 @@ def add_result_routes(app: FastAPI, service: PageService, feedback_db: Path) -> 
     one_at_a_time = asyncio.Semaphore(1)
 
     @app.post("/page/{token}/vote", include_in_schema=False, status_code=201)
-    async def vote(token: str, vote: PageVote) -> dict:
+    async def vote(token: str, vote: PageVote, request: Request) -> dict:
+        app.state.results.check_rate(api.client_of(request, app.state.policy))
         await asyncio.to_thread(service.store_vote, feedback_db, token, vote)
         return {"kept": True}
 

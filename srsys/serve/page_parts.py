@@ -50,6 +50,7 @@ from .worker_pool import PREVIEW_SIDE
 
 # %% ../../nbs/serve/10_page_parts.ipynb #shelf
 TOKEN_BYTES = 16
+_OWNER = ".owner"  # file in a folder; `find` does not give it out
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,31 @@ class SessionFolders:
     "Folders for the pictures of people who have the page open."
 
     root: Path
-    max_folders: int = 48
+    max_folders: int = 48  # of one owner
     max_age: float = 3600.0  # seconds since a folder was last used
 
-    def new(self) -> tuple[str, Path]:
-        "Create a folder and return its token and path; remove folders that are too old or too many."
+    def new(self, owner: str = "") -> tuple[str, Path]:  # owner: a token's number; empty where none is needed
+        "Create a folder and return its token and path; remove those that are too old, or too many of this owner."
         folders = [folder for folder in self.root.iterdir() if folder.is_dir()]
         folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
-        for number, folder in enumerate(folders):
+        kept = 0
+        for folder in folders:
+            is_owners = self.owner_of(folder.name) == owner
+            kept += is_owners
             age = time.time() - folder.stat().st_mtime
-            if number >= self.max_folders - 1 or age > self.max_age:
+            if (is_owners and kept >= self.max_folders) or age > self.max_age:
                 shutil.rmtree(folder, ignore_errors=True)
         token = secrets.token_hex(TOKEN_BYTES)
         (self.root / token).mkdir()
+        (self.root / token / _OWNER).write_text(owner)
         return token, self.root / token
+
+    def owner_of(self, token: str) -> str:
+        "Return the owner of a folder."
+        try:
+            return (self.root / token / _OWNER).read_text()
+        except OSError:  # just made, or just removed
+            return ""
 
     def find(self, token: str, name: str = "") -> Path:
         "Return the folder of a token, or a file in it. Raises RequestError 404 if it does not exist."

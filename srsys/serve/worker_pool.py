@@ -8,6 +8,8 @@ __all__ = [
     "PREVIEW_SIDE",
     "STDERR",
     "WORKER_MEMORY",
+    "MIN_CPU_SHARE",
+    "STOPPED_SECONDS",
     "WATCHDOG_GRACE",
     "MAX_CRASHES",
     "MAX_DEATHS",
@@ -19,6 +21,7 @@ __all__ = [
     "copy_without_metadata",
     "serve_tasks",
     "WorkerCrashed",
+    "worker_environment",
     "Worker",
     "WorkerPool",
 ]
@@ -26,6 +29,7 @@ __all__ = [
 # %% ../../nbs/serve/01_worker_pool.ipynb #imports
 import faulthandler
 import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -38,6 +42,7 @@ from subprocess import DEVNULL, Popen
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from .. import image
@@ -185,16 +190,32 @@ worker_pool.serve_tasks(Connection(int(sys.argv[1])))
 """
 
 # %% ../../nbs/serve/01_worker_pool.ipynb #worker-process
+MIN_CPU_SHARE = 0.05  # of its time limit: a worker that was late with less CPU time was held up by something else
+STOPPED_SECONDS = 1.0  # a worker that is stopped for longer is replaced
 WATCHDOG_GRACE = 30.0  # seconds after its time limit in which a worker must have ended itself
 _Result = TypeVar("_Result")
 
 
 class WorkerCrashed(RuntimeError):
-    "A worker ended without an answer; `killed` if by SIGKILL, so from outside."
+    """A worker ended without an answer.
 
-    def __init__(self, message: str, killed: bool = False) -> None:
+    `killed`: by SIGKILL, so from outside. `stalled`: it was stopped, or got no CPU time, so its file is not to blame.
+    """
+
+    def __init__(self, message: str, killed: bool = False, stalled: bool = False) -> None:
         super().__init__(message)
-        self.killed = killed
+        self.killed, self.stalled = killed, stalled
+
+
+_INHERITED = ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+_INHERITED_PREFIXES = ("LC_", "OMP_", "VIPS_")
+
+
+def worker_environment() -> dict[str, str]:
+    "The environment of a worker: what it needs, and so no tokens, keys or passwords. It reads files from strangers."
+    return {
+        name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
 
 
 class Worker:
@@ -210,22 +231,49 @@ class Worker:
                 stdin=DEVNULL,
                 stdout=DEVNULL,
                 stderr=DEVNULL,
+                env=worker_environment(),
             )
+        self.observed = psutil.Process(self.process.pid)
 
     def call(self, seconds: float, task: Callable[..., _Result], *args: object) -> _Result:
         "Return what the task returns, or raise what it raises. Raises WorkerCrashed if the process ends or hangs."
+        start, cpu = time.monotonic(), self._cpu_seconds()
         try:
             self.connection.send((task, args, seconds))
-            if not self.connection.poll(seconds + WATCHDOG_GRACE):
-                raise EOFError
+            self._wait(start + seconds + WATCHDOG_GRACE)
             succeeded, answer = self.connection.recv()
         except (EOFError, OSError) as error:
+            late = time.monotonic() - start >= seconds
+            stalled = self._is_stopped() or (late and self._cpu_seconds() - cpu < seconds * MIN_CPU_SHARE)
             self.end()
             killed = self.process.returncode == -signal.SIGKILL
-            raise WorkerCrashed("the process ended without an answer", killed) from error
+            raise WorkerCrashed("the process ended without an answer", killed, stalled) from error
         if succeeded:
             return answer
         raise answer
+
+    def _wait(self, deadline: float) -> None:
+        "Wait until there is an answer. Raises EOFError at the deadline, or if the process is stopped meanwhile."
+        stopped = False
+        while not self.connection.poll(min(STOPPED_SECONDS, max(0.0, deadline - time.monotonic()))):
+            was_stopped, stopped = stopped, self._is_stopped()
+            if time.monotonic() >= deadline or (was_stopped and stopped):
+                raise EOFError
+
+    def _is_stopped(self) -> bool:
+        "Whether a signal has stopped the process."
+        try:
+            return self.observed.status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return False
+
+    def _cpu_seconds(self) -> float:
+        "The CPU time that the process has used, also if it has just ended."
+        try:
+            times = self.observed.cpu_times()
+            return times.user + times.system
+        except psutil.Error:
+            return 0.0
 
     def end(self) -> None:
         "Kill the process and wait until it is gone."
@@ -255,7 +303,7 @@ class WorkerPool:
         "Return what the task returns, or raise what it raises. Raises WorkerCrashed if it is given up."
         worker = self._idle.get()
         start = time.monotonic()
-        crashes = kills = 0
+        crashes, kills, stalled = 0, 0, False
         try:
             while crashes < MAX_CRASHES and crashes + kills < MAX_DEATHS and time.monotonic() - start < self.seconds:
                 if worker is None and not self.closed:
@@ -266,12 +314,14 @@ class WorkerPool:
                 try:
                     return worker.call(self.seconds, task, *args)
                 except WorkerCrashed as error:
-                    kills += error.killed
-                    crashes += not error.killed
+                    blameless, stalled = error.killed or error.stalled, error.stalled
+                    kills += blameless
+                    crashes += not blameless
                     self._all.discard(worker)
                     worker = None
             raise WorkerCrashed(
-                "the pool is closed" if self.closed else f"{crashes + kills} processes ended, or one took too long"
+                "the pool is closed" if self.closed else f"{crashes + kills} processes ended, or one took too long",
+                stalled=stalled,
             )
         finally:
             self._idle.put(worker)

@@ -4,7 +4,9 @@ import sqlite3
 # monitor/02_drift.ipynb #lesson-imports
 import tempfile
 import threading
+import time
 from contextlib import closing
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +23,7 @@ DAY = 86_400.0
 
 
 def test_the_measurement_log():
-    from srsys.monitor.drift import MeasureLog
+    from srsys.monitor.drift import BUSY_SECONDS, MeasureLog, MeasureRecorder
 
     # monitor/02_drift.ipynb #lesson-log
     with tempfile.TemporaryDirectory() as folder:
@@ -55,6 +57,33 @@ def test_the_measurement_log():
         assert log.append({"noise": 1.0}) is False
         log.close()
         other.close()
+
+    # monitor/02_drift.ipynb #lesson-recorder
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "monitor.db"
+        path.write_bytes(b"no database" * 1000)
+        log = MeasureLog(path)
+        assert list(Path(folder).glob("monitor.db.broken-*")), "set aside"
+        assert log.append({"noise": 1.0})
+        path.unlink()
+        assert log.append({"noise": 2.0}) and list(log.window()["noise"]) == [2.0], "made again"
+
+        log.append_rows([MeasureLog.row({"noise": 1.0}, "srsys-photo-x4/1", at) for at in range(20_000)])
+        log.trim(0)
+        full = path.stat().st_size
+        log.trim(10_000, max_rows=100)
+        assert path.stat().st_size < full / 10 and len(log.window()["noise"]) == 100
+
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            recorder = MeasureRecorder(path)
+            start = time.monotonic()
+            for _ in range(50):
+                recorder.record({"noise": 3.0}, "srsys-photo-x4/1")
+            assert time.monotonic() - start < BUSY_SECONDS, "nobody waits"
+            other.execute("ROLLBACK")
+        recorder.close()
+        assert list(log.window()["noise"]).count(3.0) == 50
 
 
 def test_testing_for_drift():
@@ -140,15 +169,17 @@ def test_two_consecutive_windows():
     # monitor/02_drift.ipynb #lesson-watch
     with tempfile.TemporaryDirectory() as folder:
         log, rng = MeasureLog(f"{folder}/monitor.db"), np.random.default_rng(0)
-        log._db.execute("BEGIN")
         for day in range(14):
-            for i in range(300):
-                log.append(
-                    {"noise": rng.lognormal(np.log(2 if day < 11 else 4), 0.6), "luma": rng.normal(110, 30)},
-                    "srsys-photo-x4/1",
-                    at=day * DAY + i * 250,
-                )
-        log._db.execute("COMMIT")
+            log.append_rows(
+                [
+                    MeasureLog.row(
+                        {"noise": rng.lognormal(np.log(2 if day < 11 else 4), 0.6), "luma": rng.normal(110, 30)},
+                        "srsys-photo-x4/1",
+                        at=day * DAY + i * 250,
+                    )
+                    for i in range(300)
+                ]
+            )
         held = {day: check_drift(log, (0, 7 * DAY), day * DAY + 3600).held for day in range(8, 15)}
         print(held)
         assert held == {8: (), 9: (), 10: (), 11: (), 12: (), 13: ("noise",), 14: ("noise",)}

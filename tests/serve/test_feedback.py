@@ -6,6 +6,8 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+from srsys.serve.admission import RequestError
+
 
 def test_where_votes_are_stored():
     from srsys.serve.feedback import Feedback, store_feedback
@@ -49,3 +51,49 @@ def test_where_votes_are_stored():
         db.execute("INSERT INTO feedback (request_id, vote, reason) VALUES ('request-0', 'up', '')")
     store_feedback(path, Feedback(request_id="request-1", vote="down"), "srsys-fast-x4/1")
     assert stored() == [("request-0", "up", "", None, None), ("request-1", "down", "", "srsys-fast-x4/1", None)]
+
+    # serve/07_feedback.ipynb #lesson-keep-locked
+    path = Path(home.name) / "more.db"
+    store_feedback(path, Feedback(request_id="request-10", vote="up"), None, cat)
+    store_feedback(path, Feedback(request_id="request-1", vote="up"))
+    assert (Path(home.name) / "more/request-10.png").exists()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        try:
+            store_feedback(path, Feedback(request_id="request-1", vote="down"))
+        except RequestError as error:
+            assert (error.status, error.error) == (503, "not_recorded")
+        else:
+            raise AssertionError("stored in a locked database")
+    path.write_bytes(b"not a database" * 500)
+    store_feedback(path, Feedback(request_id="request-1", vote="down"))
+    assert stored() == [("request-1", "down", "", None, None)] and list(Path(home.name).glob("more.db.broken-*"))
+
+
+def test_who_may_vote_on_what():
+    from srsys.serve.feedback import RESULT_AGE, VOTES_PER_MINUTE, IssuedResults
+
+    # serve/07_feedback.ipynb #lesson-issued
+    now = [0.0]
+    results = IssuedResults(lambda: now[0])
+    results.add("request-1", "token 0", "srsys-photo-x4/1")
+    results.add("request-1", "token 1", "srsys-fast-x4/1")  # another client uses the same id
+    assert results.model_of("request-1", "token 0") == "srsys-photo-x4/1"
+
+    def refused(function, *args):
+        try:
+            function(*args)
+        except RequestError as error:
+            return error.status, error.error
+        raise AssertionError("not refused")
+
+    for client, request_id in [("token 1", "request-1"), ("token 0", "request-2"), ("", "request-2")]:
+        assert refused(results.model_of, request_id, client) == (422, "unknown_result")
+    for _ in range(VOTES_PER_MINUTE):
+        results.check_rate("token 0")
+    assert refused(results.check_rate, "token 0") == (429, "too_often")
+    results.check_rate("token 1")
+    now[0] = 61.0
+    results.check_rate("token 0")
+    now[0] = RESULT_AGE
+    assert refused(results.model_of, "request-1", "token 0") == (422, "unknown_result")

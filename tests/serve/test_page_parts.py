@@ -55,6 +55,10 @@ def test_session_folders():
             assert error.status == 404 and "this picture is no longer on the server" in str(error)
         else:
             raise AssertionError(f"{token}/{name} should not have been found")
+    others = folders.new("token 1")[0]
+    for _ in range(5):
+        folders.new("token 2")
+    assert folders.find(others).is_dir() and folders.find(tokens[-1]).is_dir(), "nobody removes another's folders"
 
 
 def test_previews_and_details():

@@ -51,8 +51,27 @@ def fresh_folder():
     return Path(tempfile.mkdtemp(dir=lesson_home.name))
 
 
-def test_one_command_for_all_of_it():
-    from srsys.serve.server import bind_port, run_service
+def test_state_that_keeps_the_server_from_starting():
+    from srsys.serve.server import bind_port, check_home, explain_failure, run_service
+
+    # serve/15_server.ipynb #lesson-state
+    folder = fresh_folder()
+    (folder / "file").write_text("")
+    try:
+        check_home(folder / "file" / "home")
+    except OSError as error:
+        assert str(error).startswith(f"SRSYS_HOME {folder / 'file' / 'home'} cannot be written to")
+    else:
+        raise AssertionError("a folder in a file")
+
+    check_home(folder)
+    store = registry.Store(folder)
+    assert str(explain_failure(store, ValueError("no such model"))) == "no such model"
+    (folder / "serving").mkdir()
+    (folder / "serving" / "champions.json").write_text("{")
+    assert "champions.json is damaged" in str(explain_failure(store, ValueError()))
+    (folder / "mlflow.db").write_text("Dear diary")
+    assert f"Move {folder / 'mlflow.db'} away" in str(explain_failure(store, ValueError()))
 
     # serve/15_server.ipynb #lesson-serve
     @contextlib.contextmanager
