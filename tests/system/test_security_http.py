@@ -79,7 +79,7 @@ def open_results(guarded):
     return found
 
 
-def ask_for_a_large_result(guarded):
+def ask_for_a_large_result(guarded, buffer=4096):
     "A connection on which a result of some 20 MB arrives, of which nothing has been read."
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
     form = httpx.Request(
@@ -90,7 +90,7 @@ def ask_for_a_large_result(guarded):
         headers={"Authorization": f"Bearer {TOKEN}"},
     )
     connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     connection.settimeout(PATIENCE)
     connection.connect((urlsplit(guarded.page).hostname, urlsplit(guarded.page).port))
     lines = "".join(f"{name}: {value}\r\n" for name, value in form.headers.items())
@@ -117,13 +117,13 @@ def test_a_result_is_deleted_when_its_client_disconnects(guarded):
 
 def size_of(received):
     "The size of a whole response, head and body, by what has arrived of it."
-    head, end, _ = received[:10_000].partition(b"\r\n\r\n")
+    head, end, _ = bytes(received[:10_000]).partition(b"\r\n\r\n")
     return len(head) + 4 + int(re.search(rb"content-length: (\d+)", head)[1]) if end else 1 << 30
 
 
 def test_a_slow_but_steady_reader_gets_all_of_its_result(guarded):
     "It reads for longer than a client that reads nothing may wait."
-    connection, received, start = ask_for_a_large_result(guarded), b"HTTP/1.1 200", time.monotonic()
+    connection, received, start = ask_for_a_large_result(guarded, 32_768), bytearray(b"HTTP/1.1 200"), time.monotonic()
     while piece := connection.recv(1 << 20):
         received += piece
         if time.monotonic() - start < 6:
