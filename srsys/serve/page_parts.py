@@ -74,14 +74,15 @@ class SessionFolders:
                 shutil.rmtree(folder, ignore_errors=True)
         token = secrets.token_hex(TOKEN_BYTES)
         (self.root / token).mkdir()
-        (self.root / token / _OWNER).write_text(owner)
+        if owner:
+            (self.root / token / _OWNER).write_text(owner)
         return token, self.root / token
 
     def owner_of(self, token: str) -> str:
         "Return the owner of a folder."
         try:
             return (self.root / token / _OWNER).read_text()
-        except OSError:  # just made, or just removed
+        except OSError:  # it has none
             return ""
 
     def find(self, token: str, name: str = "") -> Path:
