@@ -432,7 +432,7 @@ class Chunk:
 def plan_chunks(
     job: BatchJob,
     done: DoneIndex,
-    attempt: int = 0,  # from 1 on, every picture is a chunk of its own, and clashes are skipped, because attempt 0 recorded them
+    attempt: int = 0,  # from 1 on, single pictures; clashes are skipped, because attempt 0 recorded them
 ) -> Iterator[Chunk]:
     "List the source and yield the pictures to restore in chunks, as they are found."
     pictures: list[NamedPicture] = []

@@ -411,8 +411,8 @@ def fetch_dataset(
         if not (folder / "manifest.jsonl").exists():
             if unverified and not accept:
                 raise DataError(
-                    f"{name}: {' and '.join(unverified)} cannot be verified: fewer than two sources publish its digest; "
-                    "add --accept to download it anyway"
+                    f"{name}: {' and '.join(unverified)} cannot be verified: fewer than two sources publish its "
+                    "digest; add --accept to download it anyway"
                 )
             for unfinished in folder.glob(".srsys-*"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
