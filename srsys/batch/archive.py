@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "STATE_KEYS",
+    "VERSION_KEYS",
     "SCHEMA",
     "MANIFEST",
     "READ_TOGETHER",
@@ -165,7 +165,7 @@ class FoundPicture:
 
     name: str  # relative to the storage
     size: int  # bytes
-    state: str  # ETag or modification time: differs if the content differs
+    file_version: str  # ETag or modification time: differs if the content differs
 
 
 def _list_s3(storage: Storage) -> Iterator[tuple[str, int, str]]:
@@ -189,23 +189,23 @@ def _list_local(storage: Storage, out: Storage | None) -> Iterator[tuple[str, in
             yield path.as_posix(), path.stat().st_size, str(path.stat().st_mtime_ns)
 
 
-STATE_KEYS = ("etag", "ETag", "md5Hash", "mtime", "updated", "created")  # of fsspec's file systems
+VERSION_KEYS = ("etag", "ETag", "md5Hash", "mtime", "updated", "created")  # of fsspec's file systems
 
 
 def _list_fsspec(storage: Storage) -> Iterator[tuple[str, int, str]]:
-    "Path, size and state of the files of any other store."
+    "Path, size and version of the files of any other store."
     for folder, folders, files in storage.fs.walk(storage.root, detail=True):
         ordered = sorted(folders.items())
         folders.clear()  # walk descends in the order of this dict
         folders.update(ordered)
         for name, info in sorted(files.items()):
-            state = next((str(info[key]) for key in STATE_KEYS if info.get(key)), "")
-            yield f"{folder}/{name}", info["size"], state
+            file_version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
+            yield f"{folder}/{name}", info["size"], file_version
 
 
 # %% ../../nbs/batch/02_archive.ipynb #listing-walk
 def _list_files(storage: Storage, out: Storage | None) -> Iterator[tuple[str, int, str]]:
-    "Path, size and state of the files, in an order in which names with a common prefix are adjacent."
+    "Path, size and version of the files, in an order in which names with a common prefix are adjacent."
     if storage.local:
         return _list_local(storage, out)
     if "s3" in storage.fs.protocol:
@@ -220,7 +220,7 @@ def list_pictures(
     "Yield the pictures of a storage one after another. Raises `BatchError` if it cannot be listed."
     matches = re.compile(glob_translate(storage.pattern or "**")).fullmatch
     try:
-        for path, size, state in _list_files(storage, out):
+        for path, size, file_version in _list_files(storage, out):
             if out and storage.fs.protocol == out.fs.protocol and path.startswith(f"{out.root}/"):
                 continue
             name = path[len(storage.root) :].lstrip("/")
@@ -230,7 +230,7 @@ def list_pictures(
             if relative.parts[0] == "_srsys" or any(part[0] == "." for part in relative.parts):
                 continue
             if matches(name):
-                yield FoundPicture(name, size, state)
+                yield FoundPicture(name, size, file_version)
     except BatchError:
         raise
     except Exception as error:
@@ -244,8 +244,8 @@ class NamedPicture:
 
     found: FoundPicture
     target: str  # empty if another picture has the name
-    mark: int  # hash of the picture's name, size and state and of the settings with the weights
-    trouble: str = ""  # why it is not restored
+    input_key: int  # hash of the picture's name, size and version and of the settings with the weights
+    problem: str = ""  # why it is not restored
 
 
 def _hash63(*values: object) -> int:
@@ -266,14 +266,14 @@ def name_results(
         stem = os.path.splitext(picture.name)[0]
         while open_stems and not picture.name.startswith(f"{open_stems[-1][0]}."):
             open_stems.pop()
-        mark = _hash63(picture.name, picture.size, picture.state, settings_values)
+        input_key = _hash63(picture.name, picture.size, picture.file_version, settings_values)
         first = next((name for other, name in open_stems if other == stem), None)
         if first:
-            trouble = f"{first} and {picture.name} would both become {stem}{suffix}: rename one"
-            yield NamedPicture(picture, "", mark, trouble)
+            problem = f"{first} and {picture.name} would both become {stem}{suffix}: rename one"
+            yield NamedPicture(picture, "", input_key, problem)
         else:
             open_stems.append((stem, picture.name))
-            yield NamedPicture(picture, f"{stem}{suffix}", mark)
+            yield NamedPicture(picture, f"{stem}{suffix}", input_key)
 
 
 # %% ../../nbs/batch/02_archive.ipynb #manifest
@@ -363,7 +363,7 @@ class DoneIndex:
     "Which results exist, and from which picture and settings each was made."
 
     targets: np.ndarray  # int64, ascending: hashes of the results' names
-    marks: np.ndarray  # int64: the `mark` of the picture each was made from; -1 if it must be restored again
+    input_keys: np.ndarray  # int64: the `input_key` of the picture each was made from; -1 if it must be restored again
 
     def knows(self, picture: NamedPicture) -> bool:
         "Whether the result of this picture is done."
@@ -371,21 +371,21 @@ class DoneIndex:
         at = np.searchsorted(self.targets, target)
         if at == len(self.targets) or self.targets[at] != target:
             return False
-        return bool(self.marks[at] == picture.mark)
+        return bool(self.input_keys[at] == picture.input_key)
 
 
 def load_done_index(
     storage: Storage,
-    run: str = "?",  # a run whose rows all count as done, its failures too; "?" matches none
+    run: str | None = None,  # resume this run: do not retry its failures
 ) -> DoneIndex:
     "Build the index from the manifest and a listing of the results that exist."
-    columns = [np.empty((3, 0), np.int64)]  # for each row: hash of the target, mark or -1, whether of this run
+    columns = [np.empty((3, 0), np.int64)]  # for each row: hash of the target, input key or -1, whether of this run
     for part, table in read_batch_manifest(storage, ["target", "status", "mark"]):
-        of_run = part.startswith(run)
+        of_run = run is not None and part.startswith(run)
         targets = np.array([_hash63(target) for target in table["target"].to_pylist()], np.int64)
         done = np.array([of_run or status == "done" for status in table["status"].to_pylist()], bool)
-        marks = np.where(done, table["mark"].to_numpy(), -1)
-        columns.append(np.stack([targets, marks, np.full(len(targets), of_run)]))
+        input_keys = np.where(done, table["mark"].to_numpy(), -1)
+        columns.append(np.stack([targets, input_keys, np.full(len(targets), of_run)]))
     rows = np.concatenate(columns, 1)[:, ::-1]  # newest first, because np.unique finds the first of each
     targets, newest = np.unique(rows[0], return_index=True)
     if not len(targets):
@@ -420,7 +420,7 @@ class Chunk:
     pictures: tuple[NamedPicture, ...]
     kept: int = 0  # how many pictures listed before these are done already
     listed: int | None = None  # in the last chunk: how many pictures were listed in all
-    trouble: str = ""  # in the last chunk: why listing ended early
+    problem: str = ""  # in the last chunk: why listing ended early
     attempt: int = 0  # counts the passes over the archive
 
     def part(self, run: str) -> str:
@@ -432,16 +432,16 @@ class Chunk:
 def plan_chunks(
     job: BatchJob,
     done: DoneIndex,
-    attempt: int = 0,  # from 1 on, every picture is a chunk of its own, and name clashes are skipped as recorded
+    attempt: int = 0,  # from 1 on, single pictures; clashes are skipped, because attempt 0 recorded them
 ) -> Iterator[Chunk]:
     "List the source and yield the pictures to restore in chunks, as they are found."
     pictures: list[NamedPicture] = []
     number = kept = listed = 0
-    trouble = ""
+    problem = ""
     try:
         for picture in name_results(list_pictures(job.source, job.out), job.settings):
             listed += 1
-            if done.knows(picture) or (attempt and picture.trouble):
+            if done.knows(picture) or (attempt and picture.problem):
                 kept += 1
                 continue
             pictures.append(picture)
@@ -450,19 +450,19 @@ def plan_chunks(
                 yield Chunk(number, tuple(pictures), kept, attempt=attempt)
                 number, pictures = number + 1, []
     except BatchError as error:
-        trouble = str(error)
-    yield Chunk(number, tuple(pictures), kept, listed, trouble, attempt)
+        problem = str(error)
+    yield Chunk(number, tuple(pictures), kept, listed, problem, attempt)
 
 
 # %% ../../nbs/batch/02_archive.ipynb #one-picture
 def manifest_row(picture: NamedPicture, source: str, result: FileResult) -> dict:
     "Return the row of the manifest for a picture."
-    return asdict(result) | {"source": source, "notes": "; ".join(result.notes), "mark": picture.mark}
+    return asdict(result) | {"source": source, "notes": "; ".join(result.notes), "mark": picture.input_key}
 
 
 def _fetch(job: BatchJob, picture: NamedPicture, path: Path) -> Path:
-    if picture.trouble:
-        raise BatchError(picture.trouble)
+    if picture.problem:
+        raise BatchError(picture.problem)
     return job.source.get(picture.found.name, path)
 
 
@@ -479,7 +479,7 @@ def _restore_fetched(
     try:
         path = fetched.result()
     except Exception as error:
-        message = picture.trouble or f"{name}: cannot be read: {error}"
+        message = picture.problem or f"{name}: cannot be read: {error}"
         return manifest_row(picture, name, FileResult(name, picture.target, "failed", message)), None
     file_job = FileJob(path, Path(job.out.root, picture.target) if job.out.local else made)
     result = restore_one(file_job, picture.target, restorer, job.settings, max_pixels=job.max_pixels, measured=True)

@@ -75,7 +75,7 @@ class ChunkResult:
 
     chunk: Chunk  # without its pictures
     rows: list[dict]  # of the manifest
-    trouble: str = ""  # why the job cannot continue
+    problem: str = ""  # why the job cannot continue
 
 
 class ClusterWorker:
@@ -89,7 +89,7 @@ class ClusterWorker:
         "Restore the chunk in the table's only row, and return a table with one row: its pickled `ChunkResult`."
         chunk = pickle.loads(batch["chunk"][0].as_py())
         rows: list[dict] = []
-        trouble = ""
+        problem = ""
         try:
             if self.restorer is None:
                 options = self.options
@@ -98,8 +98,8 @@ class ClusterWorker:
             rows = restore_chunk(self.job, self.restorer, chunk)
         except Exception as error:  # every further chunk would raise the same
             expected = isinstance(error, OSError | ValueError)
-            trouble = str(error) if expected else f"{type(error).__name__}: {error}"
-        answer = (replace(chunk, pictures=()), rows, trouble)
+            problem = str(error) if expected else f"{type(error).__name__}: {error}"
+        answer = (replace(chunk, pictures=()), rows, problem)
         return pa.table({"answer": [pickle.dumps(answer)]})
 
 
@@ -357,8 +357,8 @@ def _run_passes(cluster: RayCluster, job: BatchJob, model: Model, options: Clust
         total = None
         answered = set()
         for answer in _stream_chunks(cluster, job, model, options, make_chunks, queued=1 if attempt else 2):
-            if trouble := answer.trouble or answer.chunk.trouble:
-                raise BatchError(f"{trouble}; finished pictures stay, and the same command continues from there")
+            if problem := answer.problem or answer.chunk.problem:
+                raise BatchError(f"{problem}; finished pictures stay, and the same command continues from there")
             answered.add(answer.chunk.number)
             if answer.chunk.listed is not None:
                 total = answer.chunk.number + 1

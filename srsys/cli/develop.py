@@ -86,25 +86,28 @@ develop_app.add_typer(models_app, name="models")
 @develop_app.command("train")
 def train_command(
     name: Annotated[
-        str, typer.Argument(help="A recipe, such as photo-x4 or swinir-light-x4; an unknown name lists all recipes.")
+        str,
+        typer.Argument(help="A training config, such as photo-x4 or swinir-light-x4; an unknown name lists them all."),
     ],
     data: Annotated[Path, typer.Option(help="A folder of training pictures, with a sub-folder for each collection.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder for checkpoint, curve and weights; SRSYS_HOME/runs if not given."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, instead of the training config's.")] = None,
     start: Annotated[
         str | None, typer.Option(help="Fine-tune these weights: a name as for `srsys evaluate --model`.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Peak learning rate, instead of the recipe's.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Peak learning rate, instead of the training config's.")
+    ] = None,
     shards: Annotated[
         Path | None,
         typer.Option(help="Train on tiles that `srsys data cut` made; --data is then used for validation only."),
     ] = None,
-    vgg: Annotated[Path, typer.Option(help="torchvision's VGG19 weights, for recipes with a perceptual loss.")] = Path(
-        "vgg19-dcbb9e9d.pth"
-    ),
+    vgg: Annotated[
+        Path, typer.Option(help="torchvision's VGG19 weights, for training configs with a perceptual loss.")
+    ] = Path("vgg19-dcbb9e9d.pth"),
     track: Annotated[bool, typer.Option(help="Log curves and validation pictures to MLflow.")] = True,
     accelerator: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where to train.")] = "auto",
     trust: Trust = None,
@@ -116,7 +119,7 @@ def train_command(
     from srsys.train.loop import TrainingProgress, train
 
     if name not in CONFIGS:
-        raise typer.BadParameter(f"there is no recipe {name!r}: {', '.join(CONFIGS)}")
+        raise typer.BadParameter(f"there is no training config {name!r}: {', '.join(CONFIGS)}")
     given: dict[str, Any] = {"steps": steps, "start": start, "lr": lr}
     config = replace(CONFIGS[name](), **{field: value for field, value in given.items() if value is not None})
     out, console = out or settings.home / "runs", make_console(stderr=True)
@@ -452,7 +455,7 @@ def data_fetch(
     catalog: CatalogFile = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without data after which an attempt fails.")] = 30,
     attempts: Annotated[
-        int, typer.Option(min=1, help="Give up after so many attempts in a row that bring less than a megabyte.")
+        int, typer.Option(min=1, help="Give up after this many attempts in a row with less than 1 MB received.")
     ] = 5,
     as_json: AsJson = False,
 ) -> None:
@@ -584,9 +587,7 @@ def data_cut(
 # %% ../../nbs/cli/02_develop.ipynb #import
 Register = Annotated[
     bool,
-    typer.Option(
-        "--register", help="Register it, and make it champion of its name unless the champion is a model of yours."
-    ),
+    typer.Option("--register", help="Register it, and put it in service, unless a model that passed your gate is."),
 ]
 
 
@@ -637,9 +638,9 @@ def _confirm_trust(entry: dict, trust: str | None, accept: bool) -> bool | str:
     if doubt and not (trust or accept):
         if not os.isatty(0):
             raise UnverifiedWeights(
-                f"{entry['name']}: {doubt}. --accept takes it nevertheless, --trust SHA256 only a file with that digest"
+                f"{entry['name']}: {doubt}. Add --accept to take any file, or --trust SHA256 to take only that one."
             )
-        typer.confirm(f"{entry['name']}: {doubt}. Fetch it nevertheless?", abort=True, err=True)
+        typer.confirm(f"{entry['name']}: {doubt}. Fetch it anyway?", abort=True, err=True)
     return trust or bool(doubt)
 
 

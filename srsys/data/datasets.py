@@ -18,7 +18,7 @@ __all__ = [
     "find_leaks",
     "fetched_datasets",
     "benchmark_pictures",
-    "remove_leaks",
+    "check_dataset_for_leaks",
     "fetch_dataset",
     "dataset_pictures",
     "check_folder_for_leaks",
@@ -110,7 +110,7 @@ def dataset_catalog(
                 continue
             archive = DatasetArchive(**{key: value for key, value in entry.items() if key in known})
             if not re.fullmatch(r"[\w-]+", archive.set) or not re.fullmatch(r"[\w-][\w.-]*", archive.name):
-                raise ValueError(f"{archive.set}/{archive.name} is no name")
+                raise ValueError(f"{archive.set}/{archive.name} is not a valid name")
             sets.setdefault(archive.set, []).append(archive)
     except (OSError, ValueError, TypeError) as e:
         raise DataError(f"{path}: not a catalog: {e}") from e
@@ -245,7 +245,7 @@ def find_leaks(
     def known_or_new_print(name: str) -> Fingerprint:
         return benchmark[name][1] or fingerprint(read(name), FINGERPRINT_SIZES)
 
-    prints = list(_in_parallel(known_or_new_print, names, "learning the benchmarks", on_progress))
+    prints = list(_in_parallel(known_or_new_print, names, "fingerprinting the benchmarks", on_progress))
     index = FingerprintIndex(names, prints, lru_cache(16)(read))
 
     def copies_in(path: Path) -> list[CopyMatch]:
@@ -313,13 +313,16 @@ def benchmark_pictures(
 
 
 # %% ../../nbs/data/02_datasets.ipynb #settle
-def remove_leaks(
+def check_dataset_for_leaks(
     home: Path,
     name: str,
     drop_leaks: bool = False,  # leave such pictures out; otherwise they are an error
     on_progress: StageProgress = _no_progress,
 ) -> None:
-    "Search a data set's training pictures for benchmark pictures. Raises `DataError` naming those that hold one."
+    """Look for benchmark pictures among the training pictures.
+
+    Raises `DataError`, or with `drop_leaks` marks them as left out.
+    """
     folder = dataset_folder(home, name)
     entries, about = read_dataset_manifest(folder), _read_about(folder)
     benchmark_digest = pictures_digest(
@@ -408,8 +411,8 @@ def fetch_dataset(
         if not (folder / "manifest.jsonl").exists():
             if unverified and not accept:
                 raise DataError(
-                    f"{name}: fewer than two sources vouch for {' and '.join(unverified)}; "
-                    "--accept downloads them all the same"
+                    f"{name}: {' and '.join(unverified)} cannot be verified: fewer than two sources publish its "
+                    "digest; add --accept to download it anyway"
                 )
             for unfinished in folder.glob(".srsys-*"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
@@ -430,7 +433,7 @@ def fetch_dataset(
             write_dataset_manifest(folder, entries)
             shutil.rmtree(folder / "archives")
     for other in fetched_datasets(home):
-        remove_leaks(home, other, drop_leaks and other == name, on_progress)
+        check_dataset_for_leaks(home, other, drop_leaks and other == name, on_progress)
     return folder
 
 
@@ -445,7 +448,7 @@ def dataset_pictures(
     folder = dataset_folder(home, name)
     read_dataset_manifest(folder)
     if split != "benchmark":
-        remove_leaks(home, name, on_progress=on_progress)
+        check_dataset_for_leaks(home, name, on_progress=on_progress)
     paths = [folder / e.path for e in read_dataset_manifest(folder) if e.split == split]
     if not paths:
         raise DataError(f"{name} has no pictures for {split}")

@@ -214,7 +214,7 @@ def quarantine_leaks(home: Path) -> list[Path]:
     "Quarantine accepted pictures that hold a benchmark picture downloaded since. Returns their new paths."
     if not _read_accepted(home):
         return []
-    datasets.remove_leaks(home, "accepted", drop_leaks=True)
+    datasets.check_dataset_for_leaks(home, "accepted", drop_leaks=True)
     entries = _read_accepted(home)
     leaking = [e for e in entries if e.split == "left out"]
     moved = []

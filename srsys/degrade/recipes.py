@@ -68,14 +68,14 @@ class ValidatedFields:
         for field in fields(self):
             value = getattr(self, field.name)
             if rule := self._broken_rule(field.name, value, field.default):
-                raise RecipeError(f"{type(self).__name__}.{field.name} is {rule}, not {value!r}")
+                raise RecipeError(f"{type(self).__name__}.{field.name} must be {rule}, not {value!r}")
 
     @staticmethod
     def _broken_rule(name: str, value: Any, default: Any) -> str:
         "What a field must be, if its value is not that; otherwise an empty text."
         if name.endswith("shares"):
             valid = len(value) == len(default) and min(value) >= 0 and abs(sum(value) - 1) < 1e-6
-            rule = f"a probability for each of {len(default)} kinds, 1 together"
+            rule = f"{len(default)} probabilities that add up to 1"
         elif name.endswith("share"):
             valid, rule = 0 <= value <= 1, "a probability from 0 to 1"
         elif name == "group":
@@ -162,16 +162,16 @@ class PhotoRecipe(Recipe):
     jpeg_share: float = 0.7
     webp_share: float = 0.15  # the rest stays uncompressed
     quality: tuple[int, int] = (30, 95)  # of JPEG and WebP
-    coarse_share: float = 0.15  # of the JPEGs: this quality instead
+    coarse_share: float = 0.15  # share of JPEGs that use `coarse_quality`
     coarse_quality: tuple[int, int] = (10, 30)
-    twice_share: float = 0.15  # of the compressed: a JPEG on another grid before
+    twice_share: float = 0.15  # share of compressed pictures that were JPEG before, on a shifted grid
     full_colour_share: float = 0.2  # of the JPEGs: 4:4:4 instead of 4:2:0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.jpeg_share + self.webp_share > 1 + 1e-9:
             raise RecipeError(
-                "PhotoRecipe.jpeg_share and .webp_share are 1 together at most, "
+                "PhotoRecipe.jpeg_share and .webp_share must add up to 1 at most, "
                 f"not {self.jpeg_share} and {self.webp_share}"
             )
         if not self.noise[0]:
@@ -273,7 +273,7 @@ def random_sides(n: int, largest: int, rng: np.random.Generator) -> np.ndarray: 
 def random_sincs(
     n: int,
     rng: np.random.Generator,
-    any_size: bool = True,  # cutoffs from π/3 whatever the kernel's side; otherwise from π/5 for large kernels
+    any_size: bool = True,  # lowest cutoff: π/3 for all; if False, π/5 for sides of 13 or more
 ) -> torch.Tensor:  # (n, 21, 21)
     "Draw kernels that ring."
     sides = random_sides(n, LARGEST_KERNEL, rng)
@@ -322,7 +322,8 @@ class RealESRGANRecipe(Recipe):
         noise=(1.0, 25.0),
         poisson=(0.05, 2.5),
     )
-    # of Gaussian, generalized Gaussian and plateau: each isotropic, then with a direction
+    # shares of six kinds of kernel: isotropic Gaussian, anisotropic Gaussian, isotropic generalized Gaussian,
+    # anisotropic generalized Gaussian, isotropic plateau, anisotropic plateau
     kernel_shares: tuple[float, float, float, float, float, float] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
     general_shape: tuple[float, float] = (0.5, 4.0)  # exponents β: below 1 as often as above
     plateau_shape: tuple[float, float] = (1.0, 2.0)
@@ -415,11 +416,15 @@ class BSRGANRecipe(Recipe):
 
     half_share: float = 0.25  # at ×4: halved first, and what follows is drawn for ×2
     blur: tuple[float, float] = (0.0, 2.0)  # σ in pixels …
-    blur_per_scale: float = 0.2  # … and its upper end so much more for each 1 of the scale
+    blur_per_scale: float = 0.2  # … added to the upper end, times the scale
     directed_share: float = 0.5  # of the blurs: with a direction, variance along and across drawn uniformly
     resize_share: float = 0.75  # a random intermediate size; otherwise blurred and sampled
     noise: tuple[float, float] = (2.0, 25.0)  # σ in levels of 255
-    noise_shares: tuple[float, float, float] = (0.4, 0.4, 0.2)  # in colour, grey, of any covariance between channels
+    noise_shares: tuple[float, float, float] = (
+        0.4,
+        0.4,
+        0.2,
+    )  # independent per channel; the same in all; randomly correlated
     jpeg_share: float = 0.9  # before the end; there is another at the end
     quality: tuple[int, int] = (30, 95)
     group: int = 4  # as many patches share sizes and order
@@ -471,7 +476,7 @@ class BSRGANRecipe(Recipe):
         return filter_batch(x, blur_kernels(_BSRGAN_KERNEL, sigmas_tensor, angles, sizes=torch.from_numpy(sides)))
 
     def _resize(self, x: torch.Tensor, scale: int, rng: np.random.Generator) -> torch.Tensor:
-        "Resize to a random size between the present one and half of the LR's, or blur and sample at the LR's."
+        "Shrink by a random factor from 1 to 2 × scale, or blur and shrink to LR size."
         if rng.random() < self.resize_share:
             shrink, mode = rng.uniform(1, 2 * scale), RESIZE_MODES[rng.integers(3)]
         else:  # the authors sample the nearest pixel, here it is the mean of the nearest four

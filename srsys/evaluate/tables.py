@@ -123,7 +123,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class TableCell:
-    "One row to be measured"
+    "One row of the benchmark table that has to be measured."
 
     contender: Contender
     folder: str

@@ -79,7 +79,10 @@ class ParameterError(JobError):
 def read_parameters(
     path: Path,  # of a notebook
 ) -> dict[str, object]:
-    "Read a notebook's parameters and defaults. Raises JobError without exactly one cell of plain values tagged so."
+    """Read a notebook's parameters and defaults.
+
+    Raises JobError unless exactly one cell is tagged `parameters` and assigns plain values.
+    """
     try:
         cells = [c for c in _import_nbformat().read(path, 4).cells if "parameters" in c.metadata.get("tags", ())]
     except FileNotFoundError as error:
@@ -121,9 +124,8 @@ def check_parameters(
         try:
             values[name] = _parse_value(value, default)
         except ValueError as error:
-            raise ParameterError(
-                f"{path.name}: {name} is {type(default).__name__} such as {default!r}, not {value!r}"
-            ) from error
+            kind = {"int": "an int"}.get(type(default).__name__, f"a {type(default).__name__}")
+            raise ParameterError(f"{path.name}: {name} must be {kind} (default {default!r}), not {value!r}") from error
     return values
 
 

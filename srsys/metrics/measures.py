@@ -208,8 +208,8 @@ def measure_output(
 ) -> dict[str, float]:
     """Measure how far a result departs from its input.
 
-    In dB over bicubic's (negative: further), in all and in the worst hundredth of the tiles; and how far the mean of
-    the worst channel moved, in levels of 255.
+    Its consistency minus bicubic's, in dB (negative: worse than bicubic): over the picture, and at the 1 % quantile
+    of tiles; and how far the mean of the worst channel moved, in levels of 255.
     """
     meter = OutputMeter(scale)
     meter.add(lr_hwc, small_hwc)

@@ -46,7 +46,7 @@ class Architecture(ABC):
         net: nn.Module,  # of this architecture; changed in place
         fresh: bool,  # its weights are random
     ) -> nn.Module:
-        "Make of a plain network the one that is trained; `networks.merge_network` makes a plain one of it again."
+        "Turn a plain network into the form that is trained; `networks.merge_network` makes it plain again."
         return net
 
 
@@ -57,7 +57,7 @@ class Compact(Architecture):
     features: int = 48  # channels between the convolutions
     convs: int = 10  # between the first and the last
     unshuffle: int = 1  # side of the blocks of input pixels that are treated as one
-    width: int = 192  # of the products that replace the kernels in training; 0: none
+    width: int = 192  # of the products of kernels that are trained in place of each kernel; 0: none
 
     @property
     def multiple_of(self) -> int:

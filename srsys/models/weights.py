@@ -267,7 +267,7 @@ def build_model(
     sha256: str = "",
     card: Card | None = None,
 ) -> Model:
-    "Recognise the model that has these weights, without the weights. Raises `WeightsError`."
+    "Like `identify_model`, but return only the model. Raises `WeightsError`."
     return identify_model(checkpoint, name, sha256, card)[0]
 
 

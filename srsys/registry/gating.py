@@ -76,7 +76,7 @@ class Evidence:
 # %% ../../nbs/registry/01_gating.ipynb #rules
 @dataclass(frozen=True)
 class GateRules:
-    "The thresholds of the rules"
+    "Thresholds of the gate's rules (the rules themselves are in `RULES`)"
 
     main: str = "validation"  # the slice on which the challenger must be better
     min_pictures: int = 60  # different pictures in each slice

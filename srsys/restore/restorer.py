@@ -183,7 +183,7 @@ ALPHA_REACH = 2  # alpha is copied where it is constant up to so many pixels awa
 
 
 def _run_rgb(net: torch.nn.Module, planes_nhwc: np.ndarray, scale: int, precision: str) -> torch.Tensor:
-    "One or three channels of integers → the same number of float32 channels in about [0, 1]."
+    "Run one or three channels of integers through the network; return as many float32 channels, about 0 to 1."
     limit, device = np.iinfo(planes_nhwc.dtype).max, next(net.parameters(), torch.empty(0)).device
     lr = torch.from_numpy(np.ascontiguousarray(planes_nhwc)).to(device).expand(-1, -1, -1, 3)
     lr_nchw = lr.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(limit)
@@ -216,7 +216,7 @@ def run_network(
     window_hwc: np.ndarray,  # 1 to 4 channels, uint8 or uint16; or several of one shape, (n, height, width, channels)
     scale: int,  # the network's
     precision: str = "float32",
-    reach: int = ALPHA_REACH,
+    reach: int = ALPHA_REACH,  # pixels; alpha that is constant this far is copied
 ) -> torch.Tensor:  # (height·scale, width·scale, channels) float32, in about [0, 1]; or n of them
     "Run colours and alpha through the network. Raises `RestoreError` if it returns another shape."
     if window_hwc.ndim == 3:
@@ -353,7 +353,7 @@ TILE_SIDE = 512  # LR pixels
 
 @dataclass(frozen=True)
 class Plan:
-    "What restoring a picture takes and gives."
+    "How a picture will be restored: size of the result, tiles, precision, remarks."
 
     width: int  # of the result
     height: int
@@ -442,10 +442,10 @@ class Restorer:
         write_rows: Callable[[np.ndarray], object],  # takes the result's next rows
         scale: float | None = None,
     ) -> Generator[TileRequest | None, TileResult | None, Plan]:
-        """Restore row by row as a generator that yields each tile it needs and is sent the tile's result.
+        """Restore row by row, as a generator.
 
-        Where it yields None it only pauses, so that another picture may have a turn, and is sent None. It returns the
-        plan, completed by what happened. A `RestoreError` that is thrown into it, or that it raises, ends the work.
+        Yields a `TileRequest`; send back its `TileResult`. Yields None to give way to other pictures; send None.
+        Returns the plan with what happened. Throw a `RestoreError` into it to end the work; it may raise one itself.
         """
         plan = self.plan(header, scale)
         model_scale, (down, across) = self.model.scale, self._grid(header)

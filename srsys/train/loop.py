@@ -60,7 +60,7 @@ from ..degrade.recipes import apply_recipe
 from ..degrade.resize import bicubic_downscale, crop_to_multiple, imresize
 from ..files import atomic_write
 from ..metrics.scores import mean_scores, score_pair
-from ..models import weights as models
+from ..models import weights
 from ..models.networks import merge_network
 from .configs import TrainConfig, learning_rate_at, make_card, trained_by
 from .losses import Perceptual, UNetCritic, adversarial
@@ -78,11 +78,11 @@ def training_pairs(
     patches: PatchSource,
     config: TrainConfig,
     step: int,
-    part: int = 0,  # which of the step's batches
+    batch_index: int = 0,  # which of the step's batches
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # LR (batch, 3, patch, patch) and HR (…, patch × scale, …), float in [0, 1]
-    "Draw and degrade the patches of a batch; the same for the same config, step and part."
-    rng = np.random.default_rng([config.seed, step, part] if part else [config.seed, step])
+    "Draw and degrade the patches of a batch; the same for the same config, step and batch index."
+    rng = np.random.default_rng([config.seed, step, batch_index] if batch_index else [config.seed, step])
     scale, side = config.scale, config.patch
     margin = RECIPE_MARGIN if config.recipe else 0
     hr = patches.draw((side + margin) * scale, config.batch, rng).to(device)
@@ -112,14 +112,14 @@ def training_network(
     config: TrainConfig,
     fresh: bool = False,  # its weights are random
 ) -> nn.Module:
-    "Make of a plain network the one that is trained."
+    "Turn a plain network into the form that is trained (widened, if the architecture does that)."
     return config.network.for_training(plain, fresh).to(memory_format=torch.channels_last)
 
 
 def initial_network(
     config: TrainConfig,
-    start: models.Model | None = None,
-) -> nn.Module:  # not yet as it is trained
+    start: weights.Model | None = None,
+) -> nn.Module:  # plain; see `training_network`
     "Build the network that the run begins with. Raises `TrainError` if the weights to start from do not fit."
     net = config.network.build(config.scale)
     if start is None:
@@ -152,7 +152,7 @@ def update_average(
     net: nn.Module,  # the network in training, widened or not
     decay: float,  # share of the old average that is kept
 ) -> None:
-    "Move the averaged weights towards the current ones, which are multiplied out where they are products."
+    "Move the averaged weights towards the current ones; widened kernels are merged first."
     averaged: list[torch.Tensor] = []
     current: list[torch.Tensor] = []
     for name, parameter in average.named_parameters():
@@ -363,16 +363,16 @@ class TrainingRun:
         self.net.load_state_dict(restored.state_dict())
         self.optimizer.state.clear()
 
-    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+    def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
         "List the networks and optimisers, by their names in a checkpoint."
-        parts: dict[str, nn.Module | torch.optim.Optimizer] = {
+        stateful: dict[str, nn.Module | torch.optim.Optimizer] = {
             "net": self.net,
             "ema": self.ema,
             "optimizer": self.optimizer,
         }
         if self.critic:
-            parts |= {"critic": self.critic.net, "critic_optimizer": self.critic.optimizer}
-        return parts
+            stateful |= {"critic": self.critic.net, "critic_optimizer": self.critic.optimizer}
+        return stateful
 
     def save_checkpoint(
         self,
@@ -383,7 +383,7 @@ class TrainingRun:
         if not self.fabric.is_global_zero:
             return
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        content: dict[str, object] = {name: part.state_dict() for name, part in self.parts().items()}
+        content: dict[str, object] = {name: item.state_dict() for name, item in self.stateful().items()}
         content |= {"state": vars(self.state), "settings": json.dumps(self.config.settings())}
         with atomic_write(checkpoint) as temporary:
             torch.save(content, temporary)
@@ -408,8 +408,8 @@ class TrainingRun:
                 if found.get(name) != value
             )
             raise TrainError(f"{checkpoint} belongs to another run ({changed}); move it away to start anew")
-        for name, part in self.parts().items():
-            part.load_state_dict(content[name])
+        for name, item in self.stateful().items():
+            item.load_state_dict(content[name])
         self.state = TrainingState(**content["state"])
 
 
@@ -432,7 +432,7 @@ def make_fabric(
     if config.accumulate % processes:
         raise TrainError(
             f"{config.name} has {config.accumulate} batches a step, which {processes} processes cannot share evenly; "
-            "set accumulate to a multiple"
+            f"set accumulate to a multiple of {processes}"
         )
     from lightning.fabric import Fabric  # takes seconds; judging models does without it
 
@@ -451,8 +451,8 @@ def make_fabric(
 def set_up_run(
     config: TrainConfig,
     fabric: "Fabric",
-    start: models.Model | None = None,  # weights to begin with
-    teacher: models.Model | None = None,
+    start: weights.Model | None = None,  # weights to begin with
+    teacher: weights.Model | None = None,
     vgg: Path | str = "vgg19-dcbb9e9d.pth",  # torchvision's weights, for the perceptual loss
 ) -> TrainingRun:
     "Set up a run before its first step. Raises `TrainError` if the start does not fit, or something is missing."
@@ -512,10 +512,10 @@ def fit(
     config, fabric = run.config, run.fabric
     if checkpoint.exists():
         run.load_checkpoint(checkpoint)
-    parts = range(fabric.global_rank, config.accumulate, fabric.world_size)  # of a step, for this process
+    batch_indices = range(fabric.global_rank, config.accumulate, fabric.world_size)  # of this process's batches
 
     def batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [training_pairs(patches, config, step, part, fabric.device) for part in parts]
+        return [training_pairs(patches, config, step, i, fabric.device) for i in batch_indices]
 
     restore = partial(upscale_picture, run.ema, scale=config.scale, multiple_of=config.network.multiple_of)
     steps = range(run.state.step + 1, config.steps + 1)
@@ -544,9 +544,9 @@ def fit(
 
 
 # %% ../../nbs/train/03_loop.ipynb #train
-def _load_by_name(name: str) -> models.Model:
+def _load_by_name(name: str) -> weights.Model:
     "Load shipped weights by their name, or a file by its path."
-    return models.load(models.shipped_weights().get(name, name))
+    return weights.load(weights.shipped_weights().get(name, name))
 
 
 def train(
@@ -554,19 +554,19 @@ def train(
     folder: Path,  # training pictures, one sub-folder per collection
     out: Path,  # NAME.ckpt, NAME.jsonl (the curve) and NAME.safetensors are written here
     progress_of: Callable[[TrainConfig], TrainingProgress] = lambda config: TrainingProgress(),  # for each run made
-    load_weights: Callable[[str], models.Model] = _load_by_name,  # for `start` and `teacher`
+    load_weights: Callable[[str], weights.Model] = _load_by_name,  # for `start` and `teacher`
     accelerator: str = "auto",
     vgg: Path | str = "vgg19-dcbb9e9d.pth",
     patches: PatchSource | None = None,  # to draw from; the folder's pictures are then only for validation
 ) -> Path:  # NAME.safetensors
     "Train, or resume training, the model of a config. Raises `TrainError`, `TilesError` or `WeightsError`."
 
-    def result_of(run: TrainConfig) -> models.Model:
+    def result_of(run: TrainConfig) -> weights.Model:
         path = Path(out) / f"{run.name}.safetensors"
-        for candidate in (path, models.shipped_weights().get(run.name, path)):
+        for candidate in (path, weights.shipped_weights().get(run.name, path)):
             if model := trained_by(candidate, run):
                 return model
-        return models.load(train(run, folder, out, progress_of, load_weights, accelerator, vgg, patches))
+        return weights.load(train(run, folder, out, progress_of, load_weights, accelerator, vgg, patches))
 
     start = None
     if isinstance(config.start, TrainConfig):
@@ -576,7 +576,8 @@ def train(
     fabric = make_fabric(config, accelerator)
     training_files, held_out_files = split_pictures(folder, config.holdout)
     if not held_out_files:
-        raise TrainError(f"{folder}: {config.holdout} holds nothing out, and without validation no model can be chosen")
+        names = " or ".join(", ".join(name for name, _ in config.holdout).rsplit(", ", 1)) or "for validation"
+        raise TrainError(f"{folder} has no sub-folder {names}, from which validation pictures are taken")
     held_out = validation_pairs([read_rgb(p) for p in held_out_files], config)
     if patches is None:
         side = (config.patch + RECIPE_MARGIN) * config.scale
@@ -592,6 +593,6 @@ def train(
             "bicubic on the validation split": validate(bicubic, held_out, config.scale)[0],
         }
         card = make_card(config, run.state.best_step, patches.digest, scores)
-        models.save(network_with(run.state.best_weights, config), card, target)
+        weights.save(network_with(run.state.best_weights, config), card, target)
     fabric.barrier()
     return target

@@ -149,16 +149,16 @@ def test_name_clashes():
     with archive("x.bmp.jpg", "x.jpg", "x.png", "x/x.png", "xy.jpg") as (source, out):
         named = list(name_results(list_pictures(source), SETTINGS))
         for picture in named:
-            print(f"{picture.found.name:10} → {picture.trouble or picture.target}")
-        assert [picture.target for picture in named if not picture.trouble] == [
+            print(f"{picture.found.name:10} → {picture.problem or picture.target}")
+        assert [picture.target for picture in named if not picture.problem] == [
             "x.bmp.png",
             "x.png",
             "xy.png",
             "x/x.png",
         ]
-        assert [picture.found.name for picture in named if picture.trouble] == ["x.png"]
+        assert [picture.found.name for picture in named if picture.problem] == ["x.png"]
         other_settings = list(name_results(list_pictures(source), replace(SETTINGS, scale=3)))
-        assert all(a.mark != b.mark for a, b in zip(named, other_settings, strict=True))
+        assert all(a.input_key != b.input_key for a, b in zip(named, other_settings, strict=True))
 
 
 def test_the_manifest():
@@ -186,8 +186,13 @@ def test_which_results_are_done():
         a, b, c = name_results(list_pictures(source), SETTINGS)
         for picture in (a, b):
             out.put(picture.target, b"a picture")
-        write_part(out, "run1+0", [row("a.png", mark=a.mark), row("b.png", mark=b.mark), row("c.png", mark=c.mark)], {})
-        write_part(out, "run2+0", [row("b.png", "failed", mark=b.mark)], {})
+        write_part(
+            out,
+            "run1+0",
+            [row("a.png", mark=a.input_key), row("b.png", mark=b.input_key), row("c.png", mark=c.input_key)],
+            {},
+        )
+        write_part(out, "run2+0", [row("b.png", "failed", mark=b.input_key)], {})
         index = load_done_index(out)
         # the last row of b says that it failed, and the result of c does not exist
         assert [index.knows(picture) for picture in (a, b, c)] == [True, False, False]
@@ -211,7 +216,7 @@ def test_chunks():
         assert again[3].part("run1") == "run1+001000000003"
         # a source that cannot be listed says so in its last chunk
         (last,) = plan_chunks(replace(job, source=Storage("gopher://x")), nothing_done)
-        assert "gopher" in last.trouble and last.listed == 0
+        assert "gopher" in last.problem and last.listed == 0
 
 
 def test_restoring_a_chunk():

@@ -80,14 +80,14 @@ def test_an_engine():
         first, *_ = plan_chunks(job, load_done_index(job.out))
         answer = answer_of(ClusterWorker(job, model, options), first)
         print(answer.rows[0]["status"], answer.rows[0]["target"], f"{answer.rows[0]['consistency_db']} dB")
-        assert not answer.trouble and open_picture(Path(job.out.root, "1999/000.png")).width == 64
+        assert not answer.problem and open_picture(Path(job.out.root, "1999/000.png")).width == 64
 
         # results that cannot be written are not the picture's fault
         a_file = Storage(f"{job.source.root}/1999/letter.jpg")
         answer = answer_of(ClusterWorker(replace(job, out=a_file), model, options), first)
-        assert "Not a directory" in answer.trouble and not answer.rows
+        assert "Not a directory" in answer.problem and not answer.rows
         answer = answer_of(ClusterWorker(job, model, ClusterOptions(device="abacus")), first)
-        assert "abacus" in answer.trouble and not answer.rows
+        assert "abacus" in answer.problem and not answer.rows
 
 
 def test_the_ray_cluster():
@@ -171,7 +171,7 @@ def test_the_job():
         parent = Storage(Path(job.source.root).parent)
         assert "where results could replace pictures" in refusal(restore_archive, replace(job, out=parent), model)
 
-        connection, stream = played(Chunk(0, (), listed=0, trouble="s3://archive: no such bucket"))
+        connection, stream = played(Chunk(0, (), listed=0, problem="s3://archive: no such bucket"))
         with connection, stream:
             message = refusal(restore_archive, job, model)
         assert (

@@ -75,7 +75,7 @@ def test_train():
         assert run.info.status == "FINISHED" and run.data.metrics["validation.psnr_rgb"] == 30
         assert run.data.params["network.features"] == "96"
         status, output, errors = srsys("train", "huge-x9", "--data", photos)
-        assert status == 2 and "there is no recipe 'huge-x9'" in errors
+        assert status == 2 and "there is no training config 'huge-x9'" in errors
         print(errors.splitlines()[-1])
 
 
@@ -89,7 +89,7 @@ def test_evaluate():
         assert report["model"] == "fast-x4/shipped"
         print(srsys(*command, "--ensemble")[1])
         status, output, errors = srsys(*command, "--degrade", "rain")
-        assert status == 1 and "portrait.jpg: degrade is" in errors and "not 'rain'" in errors
+        assert status == 1 and "portrait.jpg: the degradation must be" in errors and "not 'rain'" in errors
 
 
 def test_tables():
@@ -238,7 +238,7 @@ def test_models_of_other_projects():
         mock.patch("srsys.files.download", side_effect=fake_download),
     ):
         status, output, errors = srsys("models", "fetch", "fern-x2")
-        assert status == 1 and errors.startswith("srsys: fern.pth: ") and "--accept takes it nevertheless" in errors
+        assert status == 1 and errors.startswith("srsys: fern.pth: ") and "Add --accept to take any file" in errors
         with mock.patch("os.isatty", return_value=True):
             for answer, status in (("n\n", 1), ("y\n", 0)):
                 command = ["models", "fetch", "fern"]

@@ -101,12 +101,15 @@ def test_damaged_photographs_photorecipe():
 
     # degrade/03_recipes.ipynb #lesson-refused
     for wrong, message in [
-        (dict(blur_share=1.5), "PhotoRecipe.blur_share is a probability from 0 to 1, not 1.5"),
-        (dict(noise=(25, 1)), "PhotoRecipe.noise is a range (low, high) with 0 ≤ low ≤ high, not (25, 1)"),
-        (dict(quality=(30,)), "PhotoRecipe.quality is a range (low, high) of qualities from 1 to 100, not (30,)"),
+        (dict(blur_share=1.5), "PhotoRecipe.blur_share must be a probability from 0 to 1, not 1.5"),
+        (dict(noise=(25, 1)), "PhotoRecipe.noise must be a range (low, high) with 0 ≤ low ≤ high, not (25, 1)"),
+        (dict(quality=(30,)), "PhotoRecipe.quality must be a range (low, high) of qualities from 1 to 100, not (30,)"),
         (dict(noise=(0, 5)), "PhotoRecipe.noise is drawn logarithmically and must begin above 0"),
-        (dict(jpeg_share=0.7, webp_share=0.6), "PhotoRecipe.jpeg_share and .webp_share are 1 together at most"),
-        (dict(coarse_quality=(0, 30)), "PhotoRecipe.coarse_quality is a range (low, high) of qualities from 1 to 100"),
+        (dict(jpeg_share=0.7, webp_share=0.6), "PhotoRecipe.jpeg_share and .webp_share must add up to 1 at most"),
+        (
+            dict(coarse_quality=(0, 30)),
+            "PhotoRecipe.coarse_quality must be a range (low, high) of qualities from 1 to 100",
+        ),
     ]:
         assert refusal(PhotoRecipe, **wrong).startswith(message)
 
@@ -149,8 +152,8 @@ def test_a_second_order_chain_realesrganrecipe():
         )
         assert np.array_equal(apply_recipe(grey, 4, seed, quiet), grey[:16, :12])
     wrong_shares = refusal(RealESRGANRecipe, kernel_shares=(0.5, 0.5))
-    assert wrong_shares.startswith("RealESRGANRecipe.kernel_shares is a probability for each of 6 kinds, 1 together")
-    assert refusal(RealESRGANRecipe, group=0) == "RealESRGANRecipe.group is a whole number from 1, not 0"
+    assert wrong_shares.startswith("RealESRGANRecipe.kernel_shares must be 6 probabilities that add up to 1")
+    assert refusal(RealESRGANRecipe, group=0) == "RealESRGANRecipe.group must be a whole number from 1, not 0"
     assert json.loads(json.dumps(asdict(RealESRGANRecipe())))["second"]["blur_share"] == 0.8, (
         "a whole recipe can be logged as JSON"
     )

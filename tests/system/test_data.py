@@ -291,7 +291,11 @@ def test_from_a_name_to_tiles(mirror, run, home, tmp_path):
         }
     )
     status, output, errors = run("fetch", "street", "cats", "--timeout", 5)
-    assert status == 1 and "fewer than two sources vouch for cats.tgz" in errors and output.startswith("street: ")
+    assert (
+        status == 1
+        and "cats.tgz cannot be verified: fewer than two sources" in errors
+        and output.startswith("street: ")
+    )
     status, output, errors = run("fetch", "cats", "street", "--accept")
     assert status == 1 and len(errors.splitlines()) == 2
     assert errors.count("street/street/cat.jpg holds cats/chelsea.png") == 2

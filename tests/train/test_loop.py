@@ -17,7 +17,7 @@ from skimage import data
 
 from srsys.data.patches import InMemoryPatches
 from srsys.degrade.recipes import PhotoRecipe
-from srsys.models import weights as models
+from srsys.models import weights
 from srsys.models.architectures import Compact, RRDBNet
 from srsys.models.networks import CompactNet, merge_network
 from srsys.train.configs import TrainConfig, trained_by
@@ -78,7 +78,7 @@ def test_training_pairs():
     assert lr.shape == (4, 3, 24, 24) and hr.shape == (4, 3, 48, 48)
     assert torch.equal(lr, training_pairs(patches, config, step=7)[0])
     assert not torch.equal(lr, training_pairs(patches, config, step=8)[0])
-    assert not torch.equal(hr, training_pairs(patches, config, step=7, part=1)[1])
+    assert not torch.equal(hr, training_pairs(patches, config, step=7, batch_index=1)[1])
     clean_lr, clean_hr = training_pairs(patches, replace(config, recipe=None), step=7)
     assert abs(clean_lr.mean() - clean_hr.mean()) < 0.01
     _, axes = plt.subplots(2, 4, figsize=(8, 4), dpi=60)
@@ -103,7 +103,7 @@ def test_the_network_in_training_and_its_average():
     assert torch.allclose(average.body[0].weight, net.body[0].weight, atol=1e-4)
 
     before, patch = initial_network(tiny), torch.rand(1, 3, 8, 8)
-    start = models.wrap_network(before, "before")
+    start = weights.wrap_network(before, "before")
     larger = replace(tiny, network=Compact(12, 1, width=16))
     after = training_network(initial_network(larger, start), larger)
     assert torch.allclose(after(patch), before(patch), atol=1e-5), (
@@ -140,9 +140,9 @@ def test_a_run():
     # train/03_loop.ipynb #lesson-run
     fabric = make_fabric(tiny, "cpu")
     run = set_up_run(tiny, fabric)
-    assert set(run.parts()) == {"net", "ema", "optimizer"}
+    assert set(run.stateful()) == {"net", "ema", "optimizer"}
     with_critic = set_up_run(replace(tiny, objective=Objective(gan=0.1), critic=8), fabric)
-    assert set(with_critic.parts()) - set(run.parts()) == {"critic", "critic_optimizer"}
+    assert set(with_critic.stateful()) - set(run.stateful()) == {"critic", "critic_optimizer"}
     with (
         mock.patch.dict(os.environ, WORLD_SIZE="2"),
         pytest.raises(TrainError, match="2 processes cannot share evenly"),
@@ -153,7 +153,7 @@ def test_a_run():
     with pytest.raises(TrainError, match="tiny learns from a teacher; name its weights"):
         set_up_run(taught, fabric)
     with pytest.raises(TrainError, match="the teacher big is ×4, tiny is ×2"):
-        set_up_run(taught, fabric, teacher=models.wrap_network(CompactNet(4, 4, 1), "big"))
+        set_up_run(taught, fabric, teacher=weights.wrap_network(CompactNet(4, 4, 1), "big"))
     with pytest.raises(TrainError, match="tiny: the perceptual loss needs VGG19's weights in nowhere.pth"):
         set_up_run(perceptual, fabric, vgg="nowhere.pth")
 
@@ -175,7 +175,7 @@ def test_one_step():
     assert np.mean([c["l1"] for c in curve[-5:]]) < 0.7 * curve[0]["l1"]
     _, in_two = train_some_steps(replace(tiny, batch=1, accumulate=2), 5)
     assert len(in_two) == 5 and all(np.isfinite(c["l1"]) for c in in_two)
-    teacher = models.wrap_network(CompactNet(2, 12, 1), "teacher")
+    teacher = weights.wrap_network(CompactNet(2, 12, 1), "teacher")
     mixture = Objective(charbonnier=0.5, ms_ssim=0.1, fft=0.05, teacher=0.5)
     _, mixed = train_some_steps(replace(tiny, objective=mixture, patch=24), 5, teacher=teacher)
     assert list(mixed[-1]) == ["l1", "charbonnier", "ms_ssim", "fft", "teacher"]
@@ -184,10 +184,10 @@ def test_one_step():
     assert list(sharp[-1]) == ["l1", "gan", "critic"]
     print({name: round(loss, 4) for name, loss in sharp[-1].items()})
 
-    weights = copy_weights(run.net)
+    before = copy_weights(run.net)
     lr, hr = training_pairs(patches, tiny, 1)
     assert run.train_step([(lr * torch.nan, hr)]) is None
-    assert all(torch.equal(v, weights[k]) for k, v in run.net.state_dict().items()), "a failed step changes nothing"
+    assert all(torch.equal(v, before[k]) for k, v in run.net.state_dict().items()), "a failed step changes nothing"
 
 
 def test_going_back_to_good_weights():
@@ -322,13 +322,15 @@ def test_from_a_folder_to_a_file_with_a_card():
         photos, out = demo_folder(folder), Path(folder) / "out"
         file = train(grown, photos, out, note_run, accelerator="cpu")
         assert runs == ["tiny", "grown"], "the run that it starts from comes first"
-        model = models.load(file)
+        model = weights.load(file)
         assert trained_by(file, grown) and not trained_by(file, small) and model.card.steps == 12
         assert model.card.scores["validation split"]["psnr_rgb"] > 15
         train(replace(grown, name="again"), photos, out, note_run, accelerator="cpu")
         assert runs == ["tiny", "grown", "again"], "and is not repeated"
-        further = models.load(train(replace(grown, name="further", start=str(file)), photos, out, accelerator="cpu"))
+        further = weights.load(train(replace(grown, name="further", start=str(file)), photos, out, accelerator="cpu"))
         before, after = (m.card.scores["validation split"]["psnr_rgb"] for m in (model, further))
         assert after > before - 0.5
-        with pytest.raises(TrainError, match="holds nothing out, and without validation no model can be chosen"):
-            train(replace(tiny, holdout=()), photos, out)
+        with pytest.raises(
+            TrainError, match="has no sub-folder BSD400 or DIV2K, from which validation pictures are taken"
+        ):
+            train(replace(tiny, holdout=(("BSD400", 10), ("DIV2K", 5))), photos, out)
