@@ -54,6 +54,7 @@ check: export ## check a commit: generated files up to date, notebooks clean, co
 	@test ! -d scheduled || $(BIN)/nbdev_clean --fname scheduled
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 	git diff --exit-code
 

@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = [
-    "ResultFormat",
-    "RESULT_FORMATS",
     "MAX_FIELD_BYTES",
     "ERROR_STATUS_TEXT",
     "ACCESS_STATUSES",
     "UPLOAD_FORMATS",
     "RESULT_HEADERS",
     "REQUEST_HEADERS",
-    "RestoreFields",
     "read_form",
     "safe_filename",
     "choose_format",
@@ -43,12 +40,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -56,44 +53,13 @@ from starlette.types import Receive, Scope, Send
 
 from ..registry import store
 from .access import AccessMiddleware, AccessPolicy, error_response, find_token, token_from_header
-from .admission import RequestError, RestoreRequest, RestoreResult, ServerLimits
+from .admission import RESULT_FORMATS, RequestError, RestoreFields, RestoreRequest, RestoreResult
 from .engine import Engine, RestoreJob
 from .feedback import Feedback, IssuedResults, store_feedback
 from .model_table import ModelTable
 
 # %% ../../nbs/serve/08_api.ipynb #fields
-ResultFormat = Literal["png", "jpeg", "webp", "tiff"]
-RESULT_FORMATS: tuple[str, ...] = get_args(ResultFormat)
 MAX_FIELD_BYTES = 4096  # of a field that is no file
-
-
-class RestoreFields(BaseModel):
-    "The fields of a request to restore a picture, besides the picture."
-
-    model_config = ConfigDict(extra="forbid")
-    model: str = Field(
-        "photo",
-        min_length=1,
-        max_length=200,
-        description="A family of models, photo or fast, or one model of a family.",
-        examples=["photo"],
-    )
-    scale: float | None = Field(
-        None,
-        ge=1,
-        le=ServerLimits.scale,
-        allow_inf_nan=False,
-        description="By how much to enlarge; the model's own scale by default.",
-        examples=[4],
-    )
-    format: ResultFormat | None = Field(
-        None,
-        description="Of the result; what the Accept header prefers by default, else PNG.",
-        examples=["jpeg"],
-    )
-    quality: int = Field(
-        95, ge=1, le=100, description="Of JPEG and WebP results; WebP is lossless at 100.", examples=[90]
-    )
 
 
 async def read_form(request: Request) -> FormData:
@@ -396,10 +362,10 @@ class RestoreApp(FastAPI):
 
 
 # %% ../../nbs/serve/08_api.ipynb #restore-route
-async def _answer_restore(engine: Engine, request: Request) -> tuple[Response, str]:
+async def _answer_restore(engine: Engine, request: Request, uploads: Path | None) -> tuple[Response, str]:
     "Return the response to POST /v1/restore, and the label of the model that made it."
     engine.check()  # refused before the upload is read
-    folder, start = Path(tempfile.mkdtemp(prefix="srsys-")), time.perf_counter()
+    folder, start = Path(tempfile.mkdtemp(prefix="srsys-", dir=uploads)), time.perf_counter()
     try:
         form = await read_form(request)
         try:
@@ -474,6 +440,7 @@ def create_api(
     feedback_db: Path,  # feedback.db
     policy: AccessPolicy = AccessPolicy(),  # noqa: B008  (frozen)
     mounted: FastAPI | None = None,  # an app that will be mounted on this one: started and stopped with it
+    uploads: Path | None = None,  # folder for uploads and results; None: the system's temporary folder
 ) -> RestoreApp:
     "Build the HTTP service around an engine, which is warmed up once the app runs and closed when it ends."
 
@@ -501,7 +468,7 @@ def create_api(
     app.state.engine, app.state.policy = engine, policy
     app.add_middleware(AccessMiddleware, metrics=engine.metrics, max_upload=engine.limits.bytes, policy=policy)
     _add_error_handlers(app)
-    _add_restore_routes(app, engine, feedback_db, policy)
+    _add_restore_routes(app, engine, feedback_db, policy, uploads)
     _add_health_routes(app, engine)
     return app
 
@@ -513,12 +480,14 @@ def client_of(request: Request, policy: AccessPolicy) -> str:
     return request.client.host if request.client else "unknown"
 
 
-def _add_restore_routes(app: FastAPI, engine: Engine, feedback_db: Path, policy: AccessPolicy) -> None:
+def _add_restore_routes(
+    app: FastAPI, engine: Engine, feedback_db: Path, policy: AccessPolicy, uploads: Path | None
+) -> None:
     results = app.state.results = IssuedResults()
 
     @app.post("/v1/restore", **restore_openapi())
     async def restore_picture(request: Request) -> Response:
-        response, label = await _answer_restore(engine, request)
+        response, label = await _answer_restore(engine, request, uploads)
         results.add(request.state.request_id, client_of(request, policy), label)
         return response
 

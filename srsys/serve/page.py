@@ -347,7 +347,8 @@ def create_page_app(
     "Build the HTTP service with the page on it."
     configure_environment(folder)
     page_parts.make_examples(folder / "examples")
-    (folder / "sessions").mkdir()
+    for name in ("sessions", "uploads"):
+        (folder / name).mkdir()
     service = PageService(engine, page_parts.SessionFolders(folder / "sessions"))
     engine.record_measures(home / "monitor.db")
 
@@ -367,7 +368,7 @@ def create_page_app(
         enable_monitoring=False,
         mcp_server=False,
     )
-    app = api.create_api(engine, home / "feedback.db", policy, mounted=gradio_app)
+    app = api.create_api(engine, home / "feedback.db", policy, gradio_app, folder / "uploads")
     app.state.folders = service.folders
     add_upload_routes(app, service, folder / "examples")
     add_result_routes(app, service, home / "feedback.db")

@@ -78,7 +78,7 @@ def test_the_models_dashboard():
     ]
     drawn = [panel for row in [*SERVICE.values(), *MODELS.values()] for panel in row]
     assert all(panel in drawn for panel in declared), "a metric names a row that no dashboard has"
-    assert len(drawn) == 26
+    assert len(drawn) > len(declared), "recorded rules have panels too"
 
 
 def test_checking_the_dashboards():

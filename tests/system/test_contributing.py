@@ -20,7 +20,7 @@ CHECKS = {  # section → a program that fails unless the change works
     "from srsys.restore.restorer import tile_overlap\n"
     "model = load(shipped_weights()['fast-x4'])\nassert tile_overlap(model) >= model.overlap + 8",
     "A field of POST /v1/restore": "from srsys.serve.admission import RestoreRequest\n"
-    "from srsys.serve.api import RestoreFields\n"
+    "from srsys.serve.admission import RestoreFields\n"
     "assert RestoreFields(max_scale=2).max_scale == 2 and RestoreRequest('a.png').max_scale is None",
     "A rule of the gate": "from srsys.registry.gating import RULES, GateRules\n"
     "assert RULES[-1].__name__ == '_hostile_count_rule' and GateRules().min_hostile == 5",
