@@ -111,7 +111,7 @@ def contents(page):
         groups = (
             [("Pictures and files", ["[0-9]*"])]
             + [("Packages", [f"{name}/index" for name in PACKAGES])]
-            + [("Studies", ["studies/*"]), ("Project", ["contributing"])]
+            + [("Studies", ["studies/*"]), ("Project", ["security", "contributing"])]
         )
     else:
         groups = [("Modules", ["[0-9]*"])]

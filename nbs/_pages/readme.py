@@ -1,4 +1,4 @@
-"""README.md and CONTRIBUTING.md from nbs/index.ipynb and nbs/contributing.ipynb.
+"""README.md, CONTRIBUTING.md and SECURITY.md from nbs/index, contributing and security.ipynb.
 
 Cells with `#| hide` are left out; of cells with `#| echo: false` only the output is shown.
 """
@@ -29,5 +29,5 @@ def readme(notebook):
 
 
 if __name__ == "__main__":
-    for page, file in (("index", "README.md"), ("contributing", "CONTRIBUTING.md")):
+    for page, file in (("index", "README.md"), ("contributing", "CONTRIBUTING.md"), ("security", "SECURITY.md")):
         (ROOT / file).write_text(readme(ROOT / f"nbs/{page}.ipynb"))
