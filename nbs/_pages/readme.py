@@ -25,6 +25,7 @@ def readme(notebook):
     body, _ = MarkdownExporter().from_notebook_node(page)
     above = lambda link: link[1] + posixpath.normpath("nbs/" + link[2])  # noqa: E731
     body = re.sub(r"""(\]\(|src="|href=")(?![a-z]+:|#|/)([^)"\s]+)""", above, body)
+    body = body.replace("nbs/contributing.ipynb", "CONTRIBUTING.md")
     return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
