@@ -52,7 +52,7 @@ def test_parameters():
         assert check_parameters(count, [("steps", 1000)]) == {"steps": 1000}
         refused("count.ipynb has no parameter 'step'", check_parameters, count, [("step", "1000")])
         for given in (("steps", "many"), ("steps", "1.5"), ("quick", 1)):
-            refused(f"count.ipynb: {given[0]} is", check_parameters, count, [given])
+            refused(f"count.ipynb: {given[0]} must be", check_parameters, count, [given])
         refused("there is no notebook dream.ipynb", read_parameters, Path(folder, "dream.ipynb"))
         refused("only assignments of plain values", read_parameters, notebook(folder, parameters="steps = 3 * 7"))
         Path(folder, "count.ipynb").write_text("{}")

@@ -99,7 +99,7 @@ def test_a_kill_leaves_no_kernel(tmp_path, how, processes_of):
 def test_wrong_usage(tmp_path):
     for options, word in (
         (["train", "-p", "step", "3"], "no parameter 'step'"),
-        (["train", "-p", "steps", "many"], "steps is int"),
+        (["train", "-p", "steps", "many"], "steps must be an int"),
         (["train", "-p", "steps"], "2 arguments"),
     ):
         process = begin(tmp_path, *options)
