@@ -220,7 +220,7 @@ def _add_last_served(table: ModelTable, store: registry.Store, name: str, device
     "Add the model of this name that was served last; False if there is none that can be used."
     try:
         _add_saved(table, store, name, _saved_versions(store)[name], device, precision)
-    except (OSError, KeyError, *MODEL_ERRORS):
+    except (OSError, ValueError, TypeError, KeyError, *MODEL_ERRORS):
         return False
     return True
 
