@@ -97,7 +97,7 @@ def test_a_damaged_registry_is_named(tmp_path):
     (tmp_path / "serving").mkdir()
     (tmp_path / "serving" / "champions.json").write_text('{"photo-x4": ')
     line = last_words(tmp_path)[-1]
-    assert str(tmp_path / "mlflow.db") in line and "move" in line and "shipped models" in line
+    assert str(tmp_path / "mlflow.db") in line and "Move" in line and "shipped models" in line
 
 
 def test_a_locked_monitor_database_delays_no_picture(running):
