@@ -195,6 +195,10 @@ async def wait_for_result(job: RestoreJob, request: Request) -> RestoreResult:
 ERROR_STATUS_TEXT: dict[int, tuple[str, dict[str, str]]] = {
     401: ("No token, or an unknown one", {"unauthorized": "a token is required: Authorization: Bearer …"}),
     403: ("Sent by another site's page", {"cross_site": "requests from other sites' pages are not accepted"}),
+    404: (
+        "No result of this client has that id",
+        {"unknown_result": "there is no such result of yours to vote on"},
+    ),
     408: (
         "The request did not arrive in time",
         {"too_slow": "the request did not arrive in time: only 1,024 bytes were received"},
@@ -221,7 +225,6 @@ ERROR_STATUS_TEXT: dict[int, tuple[str, dict[str, str]]] = {
             "unknown_model": "there is no model 'mystery'; there are: fast-x4, photo-x4",
             "bad_scale": "the scale must be between 1 and 8, not 9",
             "bad_form": "the field 'quality': Input should be less than or equal to 100",
-            "unknown_result": "there is no such result of yours to vote on",
             "bad_request": "body.vote: Input should be 'up' or 'down'",
         },
     ),
@@ -318,7 +321,7 @@ def restore_openapi() -> dict[str, Any]:
                 "content": {f"image/{format}": {"schema": _BINARY} for format in RESULT_FORMATS},
             },
             304: {"description": "The ETag in If-None-Match is that of the result; nothing was restored"},
-            **error_responses(*ERROR_STATUS_TEXT),
+            **error_responses(*(status for status in ERROR_STATUS_TEXT if status != 404)),  # of votes only
         },
         "openapi_extra": {
             "parameters": [
@@ -496,7 +499,7 @@ def _add_restore_routes(
         "Every model in use, with its measured time, and every unavailable one with the reason."
         return describe_models(engine.table)
 
-    @app.post("/v1/feedback", status_code=201, responses=error_responses(*ACCESS_STATUSES, 422, 429, 503))
+    @app.post("/v1/feedback", status_code=201, responses=error_responses(*ACCESS_STATUSES, 404, 422, 429, 503))
     async def give_feedback(vote: Feedback, request: Request) -> dict:
         "Say whether a result of yours was better; a second vote on a result replaces the first."
         client = client_of(request, policy)

@@ -157,10 +157,10 @@ class IssuedResults:
             self.issued.popitem(last=False)
 
     def model_of(self, request_id: str, client: str) -> str:
-        "Return the model of a client's result. Raises RequestError 422 if this client was not given such a result."
+        "Return the model of a client's result. Raises RequestError 404 if this client was not given such a result."
         owner, model, issued = self.issued.get(request_id, ("", "", 0.0))
         if owner != client or not model or self.clock() - issued >= RESULT_AGE:
-            raise RequestError(422, "unknown_result", "there is no such result of yours to vote on")
+            raise RequestError(404, "unknown_result", "there is no such result of yours to vote on")
         return model
 
     def check_rate(self, client: str) -> None:

@@ -88,7 +88,7 @@ def test_who_may_vote_on_what():
         raise AssertionError("not refused")
 
     for client, request_id in [("token 1", "request-1"), ("token 0", "request-2"), ("", "request-2")]:
-        assert refused(results.model_of, request_id, client) == (422, "unknown_result")
+        assert refused(results.model_of, request_id, client) == (404, "unknown_result")
     for _ in range(VOTES_PER_MINUTE):
         results.check_rate("token 0")
     assert refused(results.check_rate, "token 0") == (429, "too_often")
@@ -96,4 +96,4 @@ def test_who_may_vote_on_what():
     now[0] = 61.0
     results.check_rate("token 0")
     now[0] = RESULT_AGE
-    assert refused(results.model_of, "request-1", "token 0") == (422, "unknown_result")
+    assert refused(results.model_of, "request-1", "token 0") == (404, "unknown_result")

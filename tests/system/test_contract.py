@@ -39,5 +39,6 @@ def test_every_answer_is_as_documented(served):
     print(*[f"{label}: {n} × {code}" for (label, code), n in sorted(tried.items())], sep="\n")
     assert tried["POST /v1/restore", 200] > 10
     assert tried["POST /v1/restore", 422] + tried["POST /v1/restore", 415] > 10
-    assert tried["POST /v1/feedback", 422] > 10  # its ids are made up; real votes are in test_security_votes
+    assert tried["POST /v1/feedback", 404] > 10  # its ids are made up; real votes are in test_security_votes
+    assert tried["POST /v1/feedback", 422] > 10
     assert not [answer for answer in tried if answer[1] >= 500 and answer[1] != 503]

@@ -40,11 +40,11 @@ def vote(running, client, request_id, choice="up"):
 def test_only_its_owner_votes_on_a_result_and_not_without_limit(running, clients):
     ann, bob = clients
     request_id = restore(running, ann)
-    assert vote(running, bob, request_id, "down") == (422, "unknown_result")
-    assert vote(running, ann, "f" * 32) == (422, "unknown_result"), "never issued"
-    assert vote(running, ann, request_id[:8]) == (422, "unknown_result"), "the beginning of an id"
+    assert vote(running, bob, request_id, "down") == (404, "unknown_result")
+    assert vote(running, ann, "f" * 32) == (404, "unknown_result"), "never issued"
+    assert vote(running, ann, request_id[:8]) == (404, "unknown_result"), "the beginning of an id"
     assert vote(running, ann, request_id, "down") == (201, "")
     assert vote(running, ann, request_id, "up") == (201, ""), "the last vote counts"
     answers = {vote(running, bob, f"{number:032x}", "down") for number in range(40)}
-    assert answers == {(422, "unknown_result"), (429, "too_often")}
+    assert answers == {(404, "unknown_result"), (429, "too_often")}
     assert vote(running, ann, request_id) == (201, ""), "others are not limited by that"
