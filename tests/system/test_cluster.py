@@ -159,7 +159,7 @@ def test_the_server_is_probed_and_ended_as_it_expects(rendered, overlay):
     spec = named(rendered[overlay], "Deployment", "srsys")["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    defaults = {name: parameter.default for name, parameter in inspect.signature(main.serve).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main.serve_command).parameters.items()}
     assert ports == {"http": defaults["port"], "metrics": defaults["metrics_port"]}
     assert container["args"][:2] == ["srsys", "serve"] and [
         container["args"][i + 1] for i, arg in enumerate(container["args"]) if "port" in arg
