@@ -129,7 +129,7 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_the_package_and_its_data(wheel):
-    data = (".py", ".safetensors", ".toml", ".json")
+    data = (".py", ".safetensors", ".toml", ".json", ".css", ".js")
     committed = {
         name for name in git("ls-tree", "-r", "--name-only", "HEAD", "srsys/").decode().split() if name.endswith(data)
     }
