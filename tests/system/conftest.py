@@ -163,14 +163,16 @@ def noisy_weights(source, out, noise, seed):
 
 def fill_inbox(inbox):
     "Write pieces of photographs into a folder, and two files that are to be quarantined."
+    from srsys.image import Picture, save_picture
+
     inbox.mkdir(parents=True)
     for name in ("astronaut", "coffee", "chelsea"):
         pixels = getattr(data, name)()
         for y in range(0, pixels.shape[0] - 95, 96):
             for x in range(0, pixels.shape[1] - 95, 96):
-                (inbox / f"{name}-{y}-{x}.png").write_bytes(encoded(pixels[y : y + 96, x : x + 96]))
+                save_picture(Picture(pixels[y : y + 96, x : x + 96]), inbox / f"{name}-{y}-{x}.png")
     (inbox / "letter.png").write_text("Dear Sir or Madam,")
-    (inbox / "grey.png").write_bytes(encoded(np.full((128, 128, 3), 99, np.uint8)))
+    save_picture(Picture(np.full((128, 128, 3), 99, np.uint8)), inbox / "grey.png")
 
 
 @pytest.fixture
